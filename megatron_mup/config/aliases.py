@@ -1,0 +1,125 @@
+"""Spellings of Megatron-LM and Xmodel-2.5 that stand for settings here, or that ask for what is so anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alias:
+    """One foreign flag. One of ``renames``, ``sets`` and ``convert`` says what it does; without any it changes nothing.
+
+    Attributes:
+        flag: spelling without leading dashes.
+        renames: setting of which this is another name.
+        sets: values that the switch stands for.
+        convert: settings that a number after the flag stands for. Raises ValueError.
+        only: the one value that may follow the flag.
+        needs: setting that must be given too.
+        excludes: setting and value that it contradicts.
+        note: why it changes nothing here; shown as a warning.
+    """
+
+    flag: str
+    renames: str = ""
+    sets: Mapping[str, str] = field(default_factory=dict)
+    convert: Callable[[str], Mapping[str, str]] | None = None
+    only: str | None = None
+    needs: str = ""
+    excludes: tuple[str, object] | None = None
+    note: str = ""
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether a value follows the flag (a renamed setting's own type says it otherwise)."""
+        return self.convert is not None or self.only is not None
+
+    @property
+    def meaning(self) -> str:
+        """What it stands for, for help and docs."""
+        if self.renames:
+            return "--" + self.renames.replace("_", "-")
+        if self.sets:
+            return " ".join(_flag(name, value) for name, value in self.sets.items())
+        if self.convert:
+            return self.note
+        if self.needs:
+            return f"nothing, but --{self.needs.replace('_', '-')} must be given"
+        return f"nothing: {self.note}"
+
+
+def _flag(name: str, value: str) -> str:
+    kebab = name.replace("_", "-")
+    return {"True": f"--{kebab}", "False": f"--no-{kebab}"}.get(value, f"--{kebab} {value}")
+
+
+def _matched_rms(value: str) -> Mapping[str, str]:
+    """Xmodel's target RMS; match_rms_adamw has 0.2 built in, so the rest is the extra factor."""
+    return {"muon_scale_mode": "match_rms_adamw", "muon_extra_scale_factor": repr(float(value) / 0.2)}
+
+
+_FUSED = "fusions are the kernels' own business and change no result"
+_OVERLAP = "communication overlaps by itself"
+_SHARDED = "checkpoints are saved and loaded in parallel by all ranks"
+
+_TABLE = (
+    # Xmodel-2.5
+    Alias(flag="use-mup", sets={"parametrization": "mup"}),
+    Alias(flag="mup-base-width", renames="mup_base_hidden_size"),
+    Alias(flag="mup-input-scale", renames="mup_embedding_mult"),
+    Alias(flag="mup-output-scale", renames="mup_output_mult"),
+    Alias(flag="muon-ns-steps", renames="muon_num_ns_steps"),
+    Alias(
+        flag="muon-matched-adamw-rms",
+        convert=_matched_rms,
+        note="--muon-scale-mode match_rms_adamw --muon-extra-scale-factor VALUE/0.2",
+    ),
+    Alias(flag="no-decay-norm-bias", note="norms and biases have no weight decay"),
+    Alias(
+        flag="no-decay-norm-bias-embed",
+        excludes=("decay_embeddings", True),
+        note="norms, biases and embeddings have no weight decay unless --decay-embeddings asks for it",
+    ),
+    # Megatron-LM: other words for settings
+    Alias(flag="use-rotary-position-embeddings", sets={"position_embedding_type": "rope"}),
+    Alias(flag="use-flash-attn", sets={"attention_backend": "flash"}),
+    Alias(flag="muon-no-split-qkv", sets={"muon_split_qkv": "False"}),
+    Alias(flag="group-query-attention", needs="num_query_groups"),
+    # Megatron-LM: what holds here anyway
+    Alias(
+        flag="no-position-embedding",
+        excludes=("position_embedding_type", "learned_absolute"),
+        note="there is no position table unless --position-embedding-type learned_absolute asks for it",
+    ),
+    Alias(
+        flag="accumulate-allreduce-grads-in-fp32",
+        excludes=("grad_reduce_in_bf16", True),
+        note="gradients are summed in fp32 unless --grad-reduce-in-bf16 asks for bf16",
+    ),
+    Alias(flag="use-mcore-models", note="there is one model implementation"),
+    Alias(flag="transformer-impl", only="local", note="there is one layer implementation"),
+    Alias(flag="ckpt-format", only="torch_dist", note="there is one checkpoint format, PyTorch's distributed one"),
+    Alias(flag="use-dist-ckpt", note="checkpoints are always distributed"),
+    Alias(flag="auto-detect-ckpt-format", note="there is one checkpoint format"),
+    Alias(flag="ckpt-fully-parallel-save", note=_SHARDED),
+    Alias(flag="ckpt-fully-parallel-load", note=_SHARDED),
+    Alias(flag="context-parallel-size", only="1", note="the sequence is not split over ranks in attention"),
+    Alias(flag="expert-model-parallel-size", only="1", note="there are no experts"),
+    Alias(flag="overlap-grad-reduce", note=_OVERLAP),
+    Alias(flag="overlap-param-gather", note=_OVERLAP),
+    Alias(flag="no-create-attention-mask-in-dataloader", note="the loader makes no attention mask"),
+    Alias(flag="attention-softmax-in-fp32", note="the softmax is in fp32"),
+    Alias(flag="use-cpu-initialization", note="initial weights don't depend on the device or the layout"),
+    Alias(flag="no-masked-softmax-fusion", note=_FUSED),
+    Alias(flag="no-gradient-accumulation-fusion", note=_FUSED),
+    Alias(flag="no-bias-gelu-fusion", note=_FUSED),
+    Alias(flag="no-bias-swiglu-fusion", note=_FUSED),
+    Alias(flag="no-bias-dropout-fusion", note=_FUSED),
+    Alias(flag="no-rope-fusion", note=_FUSED),
+    Alias(flag="cross-entropy-loss-fusion", note=_FUSED),
+)
+
+ALIASES: Mapping[str, Alias] = MappingProxyType({alias.flag: alias for alias in _TABLE})
+"""By flag, without leading dashes."""

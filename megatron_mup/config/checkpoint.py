@@ -1,0 +1,34 @@
+"""Saving and resuming."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    save: str | None = None
+    """Folder to save to."""
+    load: str | None = None
+    """Folder to resume from. A folder without a checkpoint starts a new run."""
+    save_interval: int | None = None
+    """Iterations between saves. The last iteration is always saved."""
+    keep_last: int | None = None
+    """Keep only so many newest checkpoints. Default: all."""
+    ckpt_step: int | None = None
+    """Iteration to load. Default: the latest."""
+    exit_on_missing_checkpoint: bool = False
+    """Stop instead of starting anew when --load holds no checkpoint."""
+    finetune: bool = False
+    """Load weights only; start at iteration 0 with fresh optimizer, schedule and data position."""
+    no_save_optim: bool = False
+    """Save without optimizer state."""
+    no_load_optim: bool = False
+    """Load without optimizer state."""
+    no_load_rng: bool = False
+    """Load without the random generators' state."""
+    override_opt_param_scheduler: bool = False
+    """Take the schedule from this run's flags when they differ from the checkpoint's; without it a difference is an
+    error."""

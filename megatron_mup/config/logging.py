@@ -1,0 +1,27 @@
+"""What a run shows and records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Logging."""
+
+    log_interval: int = 10
+    """Iterations between log lines."""
+    progress: bool = True
+    """Progress bar on a terminal."""
+    tensorboard_dir: str | None = None
+    """Folder of TensorBoard events."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the wandb package."""
+    wandb_exp_name: str | None = None
+    """Name of the run there."""
+    wandb_entity: str | None = None
+    """Team or user there."""
+    wandb_save_dir: str | None = None
+    """Folder of its local files."""
+    metrics_file: str | None = None
+    """File to which every logged step is appended as one JSON line."""

@@ -1,0 +1,99 @@
+"""Architecture of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model."""
+
+    num_layers: int = 12
+    """Number of transformer layers."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP. Default: 4 x hidden size; with --swiglu two thirds of that, rounded down to 64."""
+    num_attention_heads: int = 12
+    """Number of query heads."""
+    num_query_groups: int | None = None
+    """Number of key/value heads (grouped-query attention). Default: one per query head."""
+    kv_channels: int | None = None
+    """Width of one attention head. Default: hidden size / number of query heads."""
+    max_position_embeddings: int | None = None
+    """Rows of the learned position table. Default: --seq-length."""
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    """How positions enter the model."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_percent: float = 1.0
+    """Share of each head's channels that is rotated."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Kind of norm in front of each branch and of the head."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance inside the norms."""
+    swiglu: bool = False
+    """Gated MLP: silu(gate) * up."""
+    squared_relu: bool = False
+    """MLP activation relu(x)^2. Without this and --swiglu: GELU (tanh form)."""
+    disable_bias_linear: bool = False
+    """No biases in the linear layers."""
+    add_qkv_bias: bool = False
+    """Bias on the query, key and value projection even with --disable-bias-linear."""
+    qk_layernorm: bool = False
+    """Norm on each query and key head, in front of the rotary embedding."""
+    untie_embeddings_and_output_weights: bool = False
+    """Separate matrices for the embedding and the output layer."""
+    vocab_size: int | None = None
+    """Number of token ids, unpadded. Default: the tokenizer's."""
+    make_vocab_size_divisible_by: int = 128
+    """The output layer's GEMM runs on a vocabulary padded to a multiple of this per rank; weights and checkpoints stay
+    unpadded."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities. Above zero, attention runs unfused and holds seq x seq matrices."""
+    hidden_dropout: float = 0.0
+    """Dropout on the embedding and on each branch's output."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights at base width. Output projections divide it by sqrt(2 x layers)."""
+    embedding_init_method_std: float | None = None
+    """Standard deviation of the initial embedding (and position table). Default: --init-method-std."""
+    output_layer_init_method_std: float | None = None
+    """Standard deviation of the initial untied output layer; 0 starts it at zero. Default: --init-method-std."""
+    softmax_scale: float | None = None
+    """Factor on attention logits. Default: what the parametrization says, 1/sqrt(head width) at base width."""
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the MLP, default resolved."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.swiglu:
+            return max(64, int(4 * self.hidden_size * 2 / 3) // 64 * 64)
+        return 4 * self.hidden_size
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads, default resolved."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, default resolved."""
+        return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of each head that --position-embedding-type rope rotates."""
+        return int(self.head_dim * self.rotary_percent)
+
+    @property
+    def linear_bias(self) -> bool:
+        """Whether linear layers carry a bias."""
+        return not self.disable_bias_linear
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the fused query, key and value projection carries a bias."""
+        return self.linear_bias or self.add_qkv_bias

@@ -1,0 +1,392 @@
+"""What cannot work: contradicting settings and impossible layouts. Ranges of single numbers are in ``bounds``."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_mup.config.config import Config
+from megatron_mup.config.errors import ConfigError
+from megatron_mup.config.fields import as_number, divisors, multiples, settings, told
+from megatron_mup.config.pipeline import stage_layers
+
+
+def check_model(config: Config) -> None:
+    """Sizes of heads, MLP and positions among themselves."""
+    model, seq_length = config.model, config.training.seq_length
+    heads, groups = model.num_attention_heads, model.query_groups
+    if model.kv_channels is None and model.hidden_size % heads:
+        raise ConfigError(
+            told(config, "hidden_size", "num_attention_heads"),
+            f"{model.hidden_size} channels don't divide by {heads} heads",
+            f"use --hidden-size {multiples(model.hidden_size, heads)}, or set the head width with --kv-channels",
+        )
+    if heads % groups:
+        raise ConfigError(
+            told(config, "num_attention_heads", "num_query_groups"),
+            f"{heads} query heads don't divide by {groups} key/value heads",
+            f"use --num-query-groups {_choices(divisors(heads))}",
+        )
+    if model.position_embedding_type == "rope" and (model.rotary_dim < 2 or model.rotary_dim % 2):
+        raise ConfigError(
+            f"{told(config, 'rotary_percent')} with {model.head_dim} channels per head",
+            f"rope rotates pairs of channels, but {model.rotary_dim} would be rotated",
+            "use an even --kv-channels, and a --rotary-percent that leaves an even number of them",
+        )
+    if model.max_position_embeddings is not None and model.max_position_embeddings < seq_length:
+        raise ConfigError(
+            told(config, "max_position_embeddings", "seq_length"),
+            "sequences are longer than the positions that the model has",
+            f"use --max-position-embeddings {seq_length}, or a shorter --seq-length",
+        )
+    if model.swiglu and model.squared_relu:
+        raise ConfigError("--swiglu, --squared-relu", "an MLP has one activation", "drop one of them")
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Ranks, and what is cut over them."""
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size < 1:
+        raise ConfigError(f"world size {world_size}", "a run has at least one rank", "start it with torchrun")
+    if world_size % (tp * pp):
+        raise ConfigError(
+            told(config, "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+            f"one copy of the model takes {tp} x {pp} = {tp * pp} ranks, but {world_size} is no multiple of it",
+            f"start {multiples(world_size, tp * pp)} ranks, or choose sizes with a product of "
+            f"{_choices(divisors(world_size))}",
+        )
+    if model.num_attention_heads % tp:
+        raise _not_by_tp(config, "num_attention_heads", model.num_attention_heads, "query heads")
+    if model.query_groups % tp:
+        raise _not_by_tp(config, "num_query_groups", model.query_groups, "key/value heads")
+    _check_ffn(config, tp)
+    if parallel.sequence_parallel and config.training.seq_length % tp:
+        raise _not_by_tp(config, "seq_length", config.training.seq_length, "tokens, with --sequence-parallel,")
+    if model.vocab_size is not None:
+        check_vocab_size(model.vocab_size, tp)
+    stage_layers(config)
+    _check_sharding(config, world_size)
+
+
+def check_vocab_size(vocab_size: int, tp: int) -> None:
+    """Every tensor-parallel rank holds rows of the embedding; also for a size that only the tokenizer knows.
+
+    Raises:
+        ConfigError: ranks would stay empty.
+    """
+    rows = math.ceil(vocab_size / tp)
+    if rows * (tp - 1) >= vocab_size:
+        fitting = [n for n in range(1, tp) if math.ceil(vocab_size / n) * (n - 1) < vocab_size]
+        raise ConfigError(
+            f"--vocab-size {vocab_size}, --tensor-model-parallel-size {tp}",
+            f"each rank takes {rows} rows of the vocabulary, which leaves nothing for the last",
+            f"use --tensor-model-parallel-size {fitting[-1]}, or a larger vocabulary",
+        )
+
+
+def _check_ffn(config: Config, tp: int) -> None:
+    """Rows of gate and up alternate in runs of eight, so that a shard holds both sides of its channels."""
+    model = config.model
+    unit = 8 * tp if model.swiglu else tp
+    if model.ffn_size % unit:
+        told_size = settings()["ffn_hidden_size"].shown(model.ffn_size)
+        size = f"{told_size}{' (default)' if model.ffn_hidden_size is None else ''}"
+        raise ConfigError(
+            f"{size}, {told(config, 'tensor_model_parallel_size')}",
+            f"the MLP's width must be a multiple of {unit}"
+            + (" (8 x tensor-parallel size) with --swiglu" if model.swiglu else ""),
+            f"use --ffn-hidden-size {multiples(model.ffn_size, unit)}",
+        )
+
+
+def _check_sharding(config: Config, world_size: int) -> None:
+    parallel, dp = config.parallel, config.data_parallel_size(world_size)
+    instances = parallel.num_distributed_optimizer_instances
+    if instances == 1:
+        return
+    if parallel.sharding == "no_shard":
+        raise ConfigError(
+            told(config, "num_distributed_optimizer_instances"),
+            "nothing is sharded over data-parallel ranks, so there is nothing to replicate",
+            "add --data-parallel-sharding-strategy optim_grads (or --use-torch-fsdp2), or drop it",
+        )
+    if dp % instances:
+        raise ConfigError(
+            told(config, "num_distributed_optimizer_instances"),
+            f"{dp} data-parallel ranks don't divide by {instances}",
+            f"use {_choices(divisors(dp))}",
+        )
+
+
+def check_spellings(config: Config, explicit: frozenset[str]) -> None:
+    """Switches that repeat another setting must agree with it where both are given."""
+    parallel, training = config.parallel, config.training
+    strategy = parallel.data_parallel_sharding_strategy if "data_parallel_sharding_strategy" in explicit else None
+    for switch, on, means in (
+        ("use_torch_fsdp2", parallel.use_torch_fsdp2, "optim_grads_params"),
+        ("use_distributed_optimizer", parallel.use_distributed_optimizer, "optim_grads"),
+    ):
+        # FSDP2 shards what the distributed optimizer shards, and more.
+        wider = switch == "use_distributed_optimizer" and strategy == "optim_grads_params"
+        if on and strategy not in (None, means) and not wider:
+            raise _contradiction(config, switch, "data_parallel_sharding_strategy", f"it means {means}")
+    granularity = training.recompute_granularity if "recompute_granularity" in explicit else None
+    if training.recompute_activations and granularity not in (None, "selective"):
+        raise _contradiction(config, "recompute_activations", "recompute_granularity", "it means selective")
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Batch sizes and the length of the run."""
+    training = config.training
+    micro, dp = training.micro_batch_size, config.data_parallel_size(world_size)
+    stages, step = config.parallel.pipeline_model_parallel_size, micro * dp
+    batch = config.global_batch_size(world_size)
+    unit = f"{micro} (micro-batch) x {dp} (data-parallel ranks) = {step}"
+    if batch % step:
+        raise ConfigError(
+            told(config, "global_batch_size"),
+            f"must be a multiple of {unit}",
+            f"use --global-batch-size {multiples(batch, step)}, or another --micro-batch-size",
+        )
+    smallest, flag = batch, "global_batch_size"
+    if training.rampup_batch_size is not None:
+        _check_rampup(config, batch, step, unit)
+        smallest, flag = training.rampup_batch_size[0], "rampup_batch_size"
+    if smallest // step < stages:
+        raise ConfigError(
+            told(config, flag, "pipeline_model_parallel_size"),
+            f"a step has {smallest // step} micro-batches per rank; the pipeline needs one per stage at least",
+            f"use batches of {stages * step} or more ({unit}), or fewer stages",
+        )
+    if training.train_iters is not None and training.train_samples is not None:
+        raise ConfigError(told(config, "train_iters", "train_samples"), "both say how long the run is", "drop one")
+    if training.train_iters is None and training.train_samples is None:
+        raise ConfigError("--train-iters", "nothing says how long the run is", "give --train-iters or --train-samples")
+    if training.train_samples is not None and training.train_samples < smallest:
+        raise ConfigError(
+            told(config, "train_samples"), f"less than one step of {smallest} samples", f"use {smallest} or more"
+        )
+
+
+def _check_rampup(config: Config, batch: int, step: int, unit: str) -> None:
+    rampup = config.training.rampup_batch_size
+    assert rampup is not None
+    start, increment, _ = rampup
+    shown = f"{told(config, 'rampup_batch_size')}, --global-batch-size {batch}"
+    for name, value in (("START", start), ("INCREMENT", increment)):
+        if value % step:
+            raise ConfigError(shown, f"{name} {value} must be a multiple of {unit}", f"use {multiples(value, step)}")
+    if start > batch:
+        raise ConfigError(shown, "it starts above the global batch", f"use a START of at most {batch}")
+    if (batch - start) % increment:
+        raise ConfigError(
+            shown,
+            f"steps of {increment} from {start} don't reach {batch}",
+            f"use an INCREMENT of {_choices([d for d in divisors(batch - start) if d % step == 0])}",
+        )
+
+
+def check_schedule(config: Config) -> None:
+    """Lengths of the schedule in the run's unit, and its rates."""
+    schedule, optimizer, training = config.schedule, config.optimizer, config.training
+    unit, other = ("samples", "iters") if training.train_samples is not None else ("iters", "samples")
+    for name in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        if getattr(schedule, f"{name}_{other}"):
+            raise ConfigError(
+                told(config, f"{name}_{other}"),
+                f"the run is given in --train-{unit}",
+                f"use {settings()[f'{name}_{unit}'].flag}, or give the run in --train-{other}",
+            )
+    warmup = getattr(schedule, f"lr_warmup_{unit}")
+    if schedule.lr_warmup_fraction is not None and warmup:
+        raise _contradiction(config, "lr_warmup_fraction", f"lr_warmup_{unit}", "both say how long warm-up is")
+    length = getattr(schedule, f"lr_decay_{unit}") or getattr(training, f"train_{unit}")
+    if schedule.lr_warmup_fraction is not None:
+        warmup = schedule.lr_warmup_fraction * length
+    if warmup >= length:
+        name = f"lr_warmup_{unit}" if schedule.lr_warmup_fraction is None else "lr_warmup_fraction"
+        raise ConfigError(
+            told(config, name),
+            f"the schedule is over after {length} {unit}, before warm-up ends",
+            f"shorten warm-up, or lengthen --lr-decay-{unit}",
+        )
+    _check_tail(config, unit, length, warmup)
+    for name, value in (("min_lr", optimizer.min_lr), ("lr_warmup_init", schedule.lr_warmup_init)):
+        if value > optimizer.lr:
+            raise ConfigError(told(config, name, "lr"), "it is above the peak", f"use at most {optimizer.lr:g}")
+
+
+def _check_tail(config: Config, unit: str, length: int, warmup: float) -> None:
+    schedule = config.schedule
+    tail, flag = getattr(schedule, f"lr_wsd_decay_{unit}"), f"--lr-wsd-decay-{unit}"
+    if schedule.lr_decay_style == "WSD" and tail is None:
+        raise ConfigError(
+            told(config, "lr_decay_style"),
+            "nothing says how long its last part is",
+            f"give {flag}, for example {max(1, round((length - warmup) / 10))}",
+        )
+    if schedule.lr_decay_style in ("WSD", "power") and tail is not None and tail > length - warmup:
+        raise ConfigError(
+            told(config, f"lr_wsd_decay_{unit}"),
+            f"only {length - warmup:g} of {length} {unit} are left after warm-up",
+            f"use at most {math.floor(length - warmup)}",
+        )
+    if schedule.lr_decay_style == "power" and not warmup and schedule.lr_power_scale is None:
+        raise ConfigError(
+            told(config, "lr_decay_style"),
+            "without warm-up nothing says where the curve leaves the peak",
+            f"give --lr-warmup-{unit} or --lr-power-scale",
+        )
+
+
+def check_parametrization(config: Config) -> None:
+    """Multipliers that fight over one place."""
+    rules, model = config.parametrization, config.model
+    if rules.depth_alpha not in (0.5, 1.0):
+        raise ConfigError(told(config, "depth_alpha"), "the rules are known for 0.5 and 1", "use one of them")
+    for name in ("mup_attention_residual_scale", "mup_ffn_residual_scale"):
+        if getattr(rules, name) is not None and rules.parametrization == "completep":
+            raise ConfigError(
+                told(config, name, "parametrization"),
+                "its 1 / sqrt(layers) takes the place of CompleteP's depth rule",
+                "use --mup-residual-mult with CompleteP, or --parametrization mup",
+            )
+    if model.softmax_scale is not None and rules.mup_attention_mult != 1:
+        raise _contradiction(config, "softmax_scale", "mup_attention_mult", "--softmax-scale is the whole factor")
+
+
+def check_kernels(config: Config) -> None:
+    """Attention kernels and what they lack."""
+    backend, dropout = config.training.attention_backend, config.model.attention_dropout
+    if backend in ("flash", "fused") and dropout > 0:
+        raise ConfigError(
+            told(config, "attention_backend", "attention_dropout"),
+            "its dropout would depend on the layout, so dropout runs unfused only",
+            "use --attention-backend auto, or --attention-dropout 0",
+        )
+    if backend == "flash" and config.data.reset_attention_mask:
+        raise ConfigError(
+            told(config, "attention_backend", "reset_attention_mask"),
+            "FlashAttention takes no mask of documents",
+            "use --attention-backend auto",
+        )
+
+
+def check_data(config: Config) -> None:
+    """Where tokens come from and what they mean."""
+    data = config.data
+    paths = [n for n in ("data_path", "train_data_path", "valid_data_path", "test_data_path") if getattr(data, n)]
+    if data.mock_data and paths:
+        raise _contradiction(config, "mock_data", paths[0], "both say where tokens come from")
+    if not data.mock_data and not paths:
+        raise ConfigError("--data-path", "there is no data", "give --data-path PREFIX, or --mock-data to try without")
+    if data.data_path and len(paths) > 1:
+        raise _contradiction(config, "data_path", paths[1], "--data-path is all splits")
+    if paths and not data.data_path and not data.train_data_path:
+        raise ConfigError(told(config, paths[0]), "there is no training data", "give --train-data-path too")
+    for name in paths:
+        _check_blend(config, name)
+    shares = _split(config)
+    if config.training.eval_interval is not None and not data.mock_data:
+        if data.train_data_path and not data.valid_data_path:
+            raise ConfigError(
+                told(config, "eval_interval"), "there is no validation data", "give --valid-data-path, or drop it"
+            )
+        if data.data_path and not shares[1]:
+            raise ConfigError(
+                told(config, "eval_interval", "split"), "validation has no share", "use --split 969,30,1, for example"
+            )
+    _check_tokens(config)
+
+
+def _check_blend(config: Config, name: str) -> None:
+    """Prefixes only, or weights and prefixes in turn."""
+    words = getattr(config.data, name)
+    weights = [as_number(word) for word in words]
+    if all(weight is None for weight in weights):
+        if any(not word.strip() for word in words):
+            raise ConfigError(told(config, name), "a prefix is empty", "give the path without .bin or .idx")
+        return
+    in_turn = len(words) % 2 == 0 and all((weight is None) == bool(i % 2) for i, weight in enumerate(weights))
+    if not in_turn:
+        raise ConfigError(
+            told(config, name),
+            "weights and prefixes must come in turn",
+            f"write {settings()[name].flag} 0.7 first 0.3 second; a prefix that is a number as ./1",
+        )
+    for weight in weights[::2]:
+        if weight is None or not math.isfinite(weight) or weight <= 0:
+            raise ConfigError(told(config, name), f"weight {weight} is not positive", "give weights above 0")
+
+
+def _split(config: Config) -> list[float]:
+    """The three shares of --split."""
+    shares = [as_number(part) for part in config.data.split.split(",")]
+    good = [share for share in shares if share is not None and math.isfinite(share) and share >= 0]
+    if len(good) != len(shares) or len(shares) > 3 or not good[0]:
+        raise ConfigError(
+            told(config, "split"),
+            "takes up to three shares for training, validation and test, none negative, training's above 0",
+            "use --split 969,30,1, for example",
+        )
+    return [*good, 0.0, 0.0][:3]
+
+
+def _check_tokens(config: Config) -> None:
+    data, vocab_size = config.data, config.model.vocab_size
+    if data.tokenizer_type not in (None, "NullTokenizer") and data.tokenizer_model is None:
+        raise ConfigError(told(config, "tokenizer_type"), "it has no model", "give --tokenizer-model FILE")
+    if data.tokenizer_model is not None and data.tokenizer_type in (None, "NullTokenizer"):
+        raise ConfigError(
+            told(config, "tokenizer_model"),
+            "nothing says what kind of tokenizer it is"
+            if data.tokenizer_type is None
+            else "NullTokenizer has no model",
+            "give --tokenizer-type SentencePieceTokenizer, for example, or drop it",
+        )
+    if data.tokenizer_type in (None, "NullTokenizer") and vocab_size is None:
+        raise ConfigError(
+            "--vocab-size", "nothing says how many token ids there are", "give --vocab-size, or a --tokenizer-type"
+        )
+    if data.eod_token_id is not None and vocab_size is not None and data.eod_token_id >= vocab_size:
+        raise ConfigError(
+            told(config, "eod_token_id", "vocab_size"),
+            "the id is not in the vocabulary",
+            f"use at most {vocab_size - 1}",
+        )
+    for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+        if getattr(data, name) and data.eod_token_id is None and data.tokenizer_type is None:
+            raise ConfigError(
+                told(config, name), "nothing says which token ends a document", "give --eod-token-id or a tokenizer"
+            )
+
+
+def check_checkpoint(config: Config) -> None:
+    """What is saved and loaded."""
+    checkpoint = config.checkpoint
+    for name, needs in (("save_interval", "save"), ("ckpt_step", "load"), ("finetune", "load")):
+        if getattr(checkpoint, name) not in (None, False) and getattr(checkpoint, needs) is None:
+            raise ConfigError(told(config, name), f"there is no --{needs} folder", f"give --{needs} FOLDER, or drop it")
+    for name in ("save", "load"):
+        if getattr(checkpoint, name) == "":
+            raise ConfigError(f"--{name} ''", "an empty path is no folder", f"give --{name} FOLDER, or drop it")
+
+
+def _not_by_tp(config: Config, name: str, value: int, things: str) -> ConfigError:
+    tp = config.parallel.tensor_model_parallel_size
+    return ConfigError(
+        f"{settings()[name].shown(value)}, {told(config, 'tensor_model_parallel_size')}",
+        f"{value} {things} don't divide by {tp} tensor-parallel ranks",
+        f"use {settings()[name].flag} {multiples(value, tp)}, or --tensor-model-parallel-size "
+        f"{_choices(divisors(value))}",
+    )
+
+
+def _contradiction(config: Config, one: str, two: str, why: str) -> ConfigError:
+    return ConfigError(told(config, one, two), f"contradict each other: {why}", "drop one of them")
+
+
+def _choices(values: list[int]) -> str:
+    """A few numbers in words, of many the smallest."""
+    shown = [str(value) for value in values[:8]]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"

@@ -1,0 +1,61 @@
+"""Batches, length, precision and memory of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training."""
+
+    micro_batch_size: int = 1
+    """Sequences per rank in one forward pass."""
+    global_batch_size: int | None = None
+    """Sequences per optimizer step, over all ranks. Default: micro-batch size x data-parallel size."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """START INCREMENT SAMPLES: grow the global batch from START to --global-batch-size in steps of INCREMENT over
+    SAMPLES samples."""
+    seq_length: int = 1024
+    """Tokens per sequence."""
+    train_iters: int | None = None
+    """Optimizer steps of the run."""
+    train_samples: int | None = None
+    """Samples of the run; instead of --train-iters."""
+    exit_interval: int | None = None
+    """Save and leave after an iteration divisible by this."""
+    exit_duration_in_mins: float | None = None
+    """Save and leave after this many minutes."""
+    seed: int = 1234
+    """Seed of initial weights, sample order and dropout."""
+    bf16: bool = False
+    """Compute in bf16. Default: fp32."""
+    main_params_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which the optimizer keeps weights and state with --bf16."""
+    recompute_granularity: Literal["none", "full", "selective"] = "none"
+    """Recompute activations in backward: whole layers; or all but the matrix products and attention."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Which layers --recompute-granularity full takes: all, in chunks of --recompute-num-layers; or the first so many
+    of a stage."""
+    recompute_num_layers: int = 1
+    """Layers per chunk (uniform) or per stage (block)."""
+    recompute_activations: bool = False
+    """Same as --recompute-granularity selective."""
+    torch_compile: bool = False
+    """Compile each transformer layer with torch.compile."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    """Attention kernel: PyTorch's choice; FlashAttention; cuDNN; the plain formula."""
+    cross_entropy_z_loss: float = 0.0
+    """Coefficient of the z-loss, mean over tokens of log(sum exp(logits))^2."""
+    eval_interval: int | None = None
+    """Iterations between evaluations on the validation split."""
+    eval_iters: int = 100
+    """Global batches per evaluation."""
+    deterministic_mode: bool = False
+    """Refuse kernels whose results differ between runs."""
+
+    @property
+    def recompute(self) -> Literal["none", "full", "selective"]:
+        """Granularity of recomputation, alias resolved."""
+        return "selective" if self.recompute_activations else self.recompute_granularity

@@ -1,0 +1,100 @@
+"""Settings that the user gave and that change nothing in this run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_mup.config.config import Config
+from megatron_mup.config.fields import settings, told
+
+
+def unused(config: Config, world_size: int, explicit: frozenset[str]) -> list[str]:
+    """One sentence for each such setting."""
+    why: dict[str, str] = {}
+    for names, idle, reason in _rules(config, world_size):
+        if idle:
+            why |= {name: reason for name in names if name in explicit and name not in why}
+    return [f"{told(config, name)} changes nothing: {why[name]}" for name in settings() if name in why]
+
+
+def _names(*prefixes: str) -> list[str]:
+    """All settings whose names start so."""
+    return [name for name in settings() if name.startswith(prefixes)]
+
+
+def _rules(config: Config, world_size: int) -> Iterable[tuple[list[str], bool, str]]:
+    """Settings, whether they are idle, and why."""
+    yield from _model(config)
+    yield from _learning(config)
+    yield from _layout(config, world_size)
+    yield from _run(config)
+
+
+def _model(config: Config) -> Iterable[tuple[list[str], bool, str]]:
+    model, rules = config.model, config.parametrization
+    kind = model.position_embedding_type
+    yield ["rotary_base", "rotary_percent"], kind != "rope", f"positions are {kind}, not rope"
+    table = "only --position-embedding-type learned_absolute has a position table"
+    yield ["max_position_embeddings"], kind != "learned_absolute", table
+    yield ["add_qkv_bias"], model.add_qkv_bias and model.linear_bias, "all linear layers have biases"
+    tied = not model.untie_embeddings_and_output_weights
+    yield ["output_layer_init_method_std"], tied, "the output layer is tied to the embedding"
+    yield ["decay_output_layer"], tied, "the output layer is tied; --decay-embeddings decides"
+    base, standard = _names("mup_base_"), rules.parametrization == "standard"
+    yield base, standard, "--parametrization standard has no base model"
+    yield ["base_num_layers", "depth_alpha"], rules.parametrization != "completep", "only CompleteP looks at depth"
+    given = [name for name in [*base, "base_num_layers"] if getattr(rules, name) is not None]
+    own = "without --mup-base-hidden-size (or another base size) the base is this model, all ratios are 1"
+    yield ["parametrization"], not standard and not given, own
+    scales = rules.mup_attention_residual_scale is not None and rules.mup_ffn_residual_scale is not None
+    yield ["mup_residual_mult"], scales, "both residual scales are given and take its place"
+
+
+def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
+    optimizer, schedule = config.optimizer, config.schedule
+    yield _names("muon_"), optimizer.optimizer != "muon", f"the optimizer is {optimizer.optimizer}"
+    yield ["muon_split_fc1"], not config.model.swiglu, "without --swiglu there is no gate to split off"
+    style = f"the schedule is {schedule.lr_decay_style}"
+    yield _names("lr_wsd_"), schedule.lr_decay_style not in ("WSD", "power"), style
+    yield _names("lr_power_"), schedule.lr_decay_style != "power", style
+    yield ["min_lr", "lr_decay_iters", "lr_decay_samples"], schedule.lr_decay_style == "constant", style
+    no_tail = schedule.lr_wsd_decay_iters is None and schedule.lr_wsd_decay_samples is None
+    yield ["lr_wsd_decay_style"], no_tail, "the tail has no length"
+    cold = not (schedule.lr_warmup_iters or schedule.lr_warmup_samples or schedule.lr_warmup_fraction)
+    yield ["lr_warmup_init"], cold, "there is no warm-up"
+
+
+def _layout(config: Config, world_size: int) -> Iterable[tuple[list[str], bool, str]]:
+    parallel = config.parallel
+    alone = parallel.tensor_model_parallel_size == 1
+    yield ["sequence_parallel"], parallel.sequence_parallel and alone, "the tensor-parallel size is 1"
+    cut = ["decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", *_names("account_for_")]
+    yield cut, parallel.pipeline_model_parallel_size == 1, "the pipeline has one stage"
+    whole = "nothing is sharded over data-parallel ranks"
+    yield ["num_distributed_optimizer_instances"], parallel.sharding == "no_shard", whole
+    one = config.data_parallel_size(world_size) == 1
+    lone = "there is one data-parallel rank"
+    yield ["grad_reduce_in_bf16"], one and parallel.grad_reduce_in_bf16, lone
+    strategy = ["data_parallel_sharding_strategy", "use_torch_fsdp2", "use_distributed_optimizer"]
+    yield strategy, one and parallel.sharding != "no_shard", lone
+    yield ["use_distributed_optimizer"], parallel.use_distributed_optimizer and parallel.use_torch_fsdp2, "FSDP2 has it"
+
+
+def _run(config: Config) -> Iterable[tuple[list[str], bool, str]]:
+    training, data, checkpoint, logging = config.training, config.data, config.checkpoint, config.logging
+    yield ["main_params_dtype"], not training.bf16, "without --bf16 everything is fp32"
+    chunks = ["recompute_method", "recompute_num_layers"]
+    yield chunks, training.recompute != "full", f"recomputation is {training.recompute}, not full"
+    yield ["eval_iters"], training.eval_interval is None, "without --eval-interval there is no evaluation"
+    idle_valid = training.eval_interval is None and bool(data.valid_data_path)
+    yield ["valid_data_path"], idle_valid, "without --eval-interval there is no evaluation"
+    yield ["split"], not data.data_path, "only --data-path is split"
+    yield ["data_cache_path"], data.mock_data, "synthetic data has no cache"
+    no_save, no_load = checkpoint.save is None, checkpoint.load is None
+    yield ["keep_last", "no_save_optim"], no_save, "there is no --save folder"
+    loads = ["exit_on_missing_checkpoint", "override_opt_param_scheduler", *_names("no_load_")]
+    yield loads, no_load, "there is no --load folder"
+    fresh = "--finetune loads weights only"
+    yield ["override_opt_param_scheduler", *_names("no_load_")], checkpoint.finetune, fresh
+    wandb = ["wandb_exp_name", "wandb_entity", "wandb_save_dir"]
+    yield wandb, logging.wandb_project is None, "there is no --wandb-project"
