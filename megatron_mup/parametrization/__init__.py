@@ -1,0 +1,1 @@
+"""The parametrization room; see docs/architecture.md."""

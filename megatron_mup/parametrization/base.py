@@ -1,0 +1,34 @@
+"""Sizes of the base model, at which the hyperparameters were tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mup.config import Config
+
+
+@dataclass(frozen=True)
+class BaseSizes:
+    """Widths of the base model; where the user gave none, in proportion to this model's."""
+
+    hidden: float
+    ffn: float
+    head_dim: float
+    heads: float
+    query_groups: float
+
+    @classmethod
+    def of(cls, config: Config) -> BaseSizes:
+        """Base sizes of a run. Without a base hidden size every ratio is one."""
+        model, base = config.model, config.parametrization
+        hidden = base.mup_base_hidden_size or model.hidden_size
+        shrink = hidden / model.hidden_size
+        head_dim = base.mup_base_head_dim or model.head_dim
+        heads = base.mup_base_num_attention_heads or (model.num_attention_heads * model.head_dim * shrink / head_dim)
+        return cls(
+            hidden=hidden,
+            ffn=base.mup_base_ffn_hidden_size or model.ffn_size * shrink,
+            head_dim=head_dim,
+            heads=heads,
+            query_groups=model.query_groups * heads / model.num_attention_heads,
+        )

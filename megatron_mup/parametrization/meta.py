@@ -1,0 +1,94 @@
+"""What every parameter knows about itself from birth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """The part a parameter plays; rules, routing and initialisation read it."""
+
+    EMBEDDING = "embedding"
+    POSITION_EMBEDDING = "position_embedding"
+    QKV = "qkv"
+    ATTENTION_OUTPUT = "attention_output"
+    MLP_IN = "mlp_in"
+    MLP_OUT = "mlp_out"
+    READOUT = "readout"
+    NORM = "norm"
+    QK_NORM = "qk_norm"
+    BIAS = "bias"
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Both dimensions grow with the model."""
+        return self in (Role.QKV, Role.ATTENTION_OUTPUT, Role.MLP_IN, Role.MLP_OUT)
+
+    @property
+    def is_output_projection(self) -> bool:
+        """Last matrix of a residual branch."""
+        return self in (Role.ATTENTION_OUTPUT, Role.MLP_OUT)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One logical matrix among rows interleaved along dimension 0 of a fused tensor.
+
+    It owns the rows ``r`` with ``start <= r % period < start + size``, in order.
+    """
+
+    name: str
+    start: int
+    size: int
+    period: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamMeta:
+    """Logical facts of one parameter, the same on every rank that holds a part of it.
+
+    Shapes and fans are those of the global, unsharded matrix, never of a shard.
+
+    Attributes:
+        name: full name, with the global layer number; the key in checkpoints.
+        role: part it plays.
+        shape: global shape; matrices are ``[out, in]``.
+        fan_in, fan_out: of the logical matrix. Biases and norms: 1 and their length; embedding: 1 (a one-hot input
+            picks a row) and the hidden size.
+        base_fan_in, base_fan_out: the same at base size.
+        blocks: logical matrices of a fused tensor; empty when the tensor is one matrix.
+        layer: number of the transformer layer, or None outside the stack.
+        branch: residual branch it lies in, ``"attention"`` or ``"mlp"``, or None.
+        tp_dim: dimension that tensor parallelism shards, or None when every tensor rank holds a copy.
+        tied_to: name of the parameter of which this is another stage's copy; it counts, and is saved, only once.
+        grad_sum_axes: axes over which the gradients of its copies still have to be summed: ``"tp"``, ``"embedding"``
+            (first and last pipeline stage).
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+    base_fan_in: float
+    base_fan_out: float
+    blocks: tuple[Block, ...] = ()
+    layer: int | None = None
+    branch: str | None = None
+    tp_dim: int | None = None
+    tied_to: str | None = None
+    grad_sum_axes: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of logical elements."""
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+    @property
+    def width_ratio(self) -> float:
+        """Growth of the fan-in over the base model's: ``mw`` of the rule tables."""
+        return self.fan_in / self.base_fan_in

@@ -1,0 +1,224 @@
+"""From a parameter's logical facts and the configuration to the numbers that it is trained with.
+
+Pure functions of plain numbers. The rules themselves are rows in ``schemes.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_mup.config import Config, ConfigError
+from megatron_mup.parametrization.base import BaseSizes
+from megatron_mup.parametrization.meta import ParamMeta, Role
+from megatron_mup.parametrization.schemes import SCHEMES, Kind, Ratios, kind_of
+
+
+@dataclass(frozen=True)
+class ForwardMultipliers:
+    """Factors in the forward pass.
+
+    Attributes:
+        embedding: on the sum of token and position embeddings.
+        attention_logits: on query . key: the softmax scale.
+        attention_branch: on the attention branch, bias included, before it joins the residual stream.
+        mlp_branch: the same for the MLP branch.
+        logits: on the output of the head, tied or not, in training and in inference alike.
+    """
+
+    embedding: float
+    attention_logits: float
+    attention_branch: float
+    mlp_branch: float
+    logits: float
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What one parameter is trained with.
+
+    Attributes:
+        init_std: standard deviation of the initial normal values; None: constants (norm gains 1, biases 0).
+        multiplier: factor of :class:`ForwardMultipliers` on what the matrix puts out; 1 where there is none. For
+            reading only: the model applies :class:`ForwardMultipliers`.
+        optimizer: which optimizer trains it.
+        lr: peak learning rate.
+        weight_decay: coefficient in PyTorch's convention, coupled to the learning rate: ``W *= 1 - lr * wd``.
+        eps: AdamW's epsilon; 0 under Muon, which has none.
+    """
+
+    init_std: float | None
+    multiplier: float
+    optimizer: Literal["adam", "muon"]
+    lr: float
+    weight_decay: float
+    eps: float
+
+
+def ratios(config: Config, matrix: float = 1.0) -> Ratios:
+    """Growth over the base model as the chosen scheme sees it; ``matrix`` is the fan-in growth of one matrix."""
+    scheme = SCHEMES[config.parametrization.parametrization]
+    return Ratios(
+        matrix=matrix if scheme.width else 1.0,
+        hidden=config.model.hidden_size / BaseSizes.of(config).hidden if scheme.width else 1.0,
+        depth=config.model.num_layers / _base_layers(config),
+        alpha=config.parametrization.depth_alpha,
+    )
+
+
+def _base_layers(config: Config) -> int:
+    """Layers of the base model where the scheme follows depth, else this model's own."""
+    own, base = config.model.num_layers, config.parametrization.base_num_layers
+    return base if base is not None and SCHEMES[config.parametrization.parametrization].depth else own
+
+
+def forward_multipliers(config: Config) -> ForwardMultipliers:
+    """The model's forward factors.
+
+    Attention: ``1/sqrt(h)`` (standard) or ``sqrt(h0)/h``, which equals it at the base head width ``h0`` (TP-V's 1/d
+    rule). ``--softmax-scale`` is the whole factor and overrides both and ``--mup-attention-mult``. Branches:
+    ``m_L^-alpha`` (CompleteP); an Xmodel scale ``s`` makes it ``s / sqrt(num_layers)`` instead, whatever the scheme.
+    """
+    model, flags = config.model, config.parametrization
+    scheme, r = SCHEMES[flags.parametrization], ratios(config)
+    head_dim = model.head_dim
+    base_head_dim = BaseSizes.of(config).head_dim if scheme.width else float(head_dim)
+    attention_logits = model.softmax_scale
+    if attention_logits is None:
+        # In this order, so that at the base head width the value is bitwise the standard one.
+        attention_logits = flags.mup_attention_mult * (1.0 / math.sqrt(base_head_dim)) * (base_head_dim / head_dim)
+
+    def branch(xmodel_scale: float | None) -> float:
+        if xmodel_scale is not None:
+            return xmodel_scale / math.sqrt(model.num_layers)
+        return flags.mup_residual_mult * scheme.branch(r)
+
+    return ForwardMultipliers(
+        embedding=flags.mup_embedding_mult,
+        attention_logits=attention_logits,
+        attention_branch=branch(flags.mup_attention_residual_scale),
+        mlp_branch=branch(flags.mup_ffn_residual_scale),
+        logits=flags.mup_output_mult * scheme.logits(r),
+    )
+
+
+def scaling(meta: ParamMeta, config: Config) -> Scaling:
+    """Initialisation, learning rate, weight decay and epsilon of one parameter."""
+    kind, scheme = kind_of(meta), SCHEMES[config.parametrization.parametrization]
+    row, r = scheme.rows[kind], ratios(config, meta.width_ratio)
+    flags = config.optimizer
+
+    optimizer: Literal["adam", "muon"] = "muon" if kind is Kind.HIDDEN and flags.optimizer == "muon" else "adam"
+    base_lr = flags.lr
+    lr_width = row.lr_width(r)
+    if optimizer == "muon":
+        base_lr = flags.lr if flags.muon_lr is None else flags.muon_lr
+        lr_width = orthonormal_lr_factor(meta, config) if scheme.width else 1.0
+    elif kind in (Kind.INPUT, Kind.READOUT) and flags.decoupled_lr is not None:
+        base_lr = flags.decoupled_lr
+    lr = base_lr * lr_width * row.lr_depth(r)
+
+    return Scaling(
+        init_std=_init_std(meta, kind, config, row.init(r)),
+        multiplier=_multiplier(meta.role, forward_multipliers(config)),
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=_weight_decay(kind, config, r, lr_width, lr),
+        eps=flags.adam_eps * row.eps(r) if optimizer == "adam" else 0.0,
+    )
+
+
+def orthonormal_lr_factor(meta: ParamMeta, config: Config) -> float:
+    """Factor on Muon's learning rate that keeps the step's spectral norm at ``sqrt(out/in)`` times the base model's.
+
+    The spectral condition (arXiv 2310.17813) asks for steps of spectral norm ``sqrt(out/in)``. Muon's step has the
+    norm ``g(out, in)`` that ``--muon-scale-mode`` names, so the factor is ``sqrt(out/in) / g`` over the same at base
+    size: 1 for unit_rms_norm; ``1/sqrt(mw)`` for spectral and match_rms_adamw, and 1 for shape_scaling, as long as out
+    and in grow alike.
+
+    A fused tensor has one learning rate but is orthonormalized block by block. Its blocks all grow by the tensor's own
+    ratios, so they agree, unless out and in grow differently and some blocks are wide and others tall (grouped-query
+    attention with the head count off proportion). Then the rule for square and tall blocks (out >= in) stands for
+    all: it depends on the fan-in alone.
+    """
+    mode = config.optimizer.muon_scale_mode
+    in_ratio, out_ratio = meta.width_ratio, meta.fan_out / meta.base_fan_out
+
+    def step_over_muon(rows: float, cols: float) -> float:
+        wanted = math.sqrt(rows / cols)
+        if mode == "unit_rms_norm":
+            return 1.0
+        if mode == "shape_scaling":
+            return wanted / math.sqrt(max(1.0, rows / cols))
+        return wanted / math.sqrt(max(rows, cols))
+
+    def factor(rows: float) -> float:
+        return step_over_muon(rows, meta.fan_in) / step_over_muon(rows / out_ratio, meta.fan_in / in_ratio)
+
+    total_rows = meta.numel / meta.fan_in
+    split = config.optimizer.muon_split_qkv if meta.role is Role.QKV else config.optimizer.muon_split_fc1
+    if not (meta.blocks and split):
+        return factor(total_rows)
+    factors = [factor(total_rows * b.size / b.period) for b in meta.blocks]
+    if math.isclose(min(factors), max(factors), rel_tol=1e-9):
+        return factors[0]
+    return 1.0 if mode == "shape_scaling" else 1.0 / math.sqrt(in_ratio)
+
+
+def _init_std(meta: ParamMeta, kind: Kind, config: Config, factor: float) -> float | None:
+    model = config.model
+    std = model.init_method_std
+    if kind is Kind.INPUT:
+        std = std if model.embedding_init_method_std is None else model.embedding_init_method_std
+    elif kind is Kind.READOUT:
+        std = std if model.output_layer_init_method_std is None else model.output_layer_init_method_std
+    elif kind is Kind.HIDDEN:
+        if meta.role.is_output_projection:
+            # GPT-2's 1/sqrt(2L). CompleteP puts depth into the branch factor, so there it stays the base model's.
+            std /= math.sqrt(2 * _base_layers(config))
+    else:
+        return None
+    return std * factor
+
+
+def _multiplier(role: Role, forward: ForwardMultipliers) -> float:
+    return {
+        Role.EMBEDDING: forward.embedding,
+        Role.POSITION_EMBEDDING: forward.embedding,
+        Role.ATTENTION_OUTPUT: forward.attention_branch,
+        Role.MLP_OUT: forward.mlp_branch,
+        Role.READOUT: forward.logits,
+    }.get(role, 1.0)
+
+
+def _weight_decay(kind: Kind, config: Config, r: Ratios, lr_width: float, lr: float) -> float:
+    """Coefficient in PyTorch's convention.
+
+    The base learning rate that ``independent`` refers to is that of the parameter's own class (``--lr``,
+    ``--decoupled-lr``, ``--muon-lr``), so the factor undoes what the scheme did to the learning rate for width. It
+    doesn't undo the depth factor ``m_L^(alpha-1)``: CompleteP's table states ``lambda * m_N`` for hidden matrices at
+    either alpha, hence at alpha = 1/2 learning rate x decay falls with depth as ``m_L^-1/2``.
+    """
+    flags = config.optimizer
+    decays = {
+        Kind.INPUT: flags.decay_embeddings,
+        Kind.HIDDEN: True,
+        Kind.READOUT: flags.decay_output_layer,
+    }.get(kind, False)
+    if not decays or flags.weight_decay == 0.0:
+        return 0.0
+    rule = config.parametrization.weight_decay_rule
+    if rule == "coupled":
+        return flags.weight_decay
+    if rule == "independent":
+        return flags.weight_decay / lr_width
+    if rule == "sqrt-width":
+        return flags.weight_decay * (math.sqrt(r.matrix) if kind is Kind.HIDDEN else 1.0)
+    if lr == 0.0:
+        raise ConfigError(
+            "--weight-decay-rule lr-independent",
+            "a learning rate of 0 cannot carry a decay that is stated per step",
+            "choose --weight-decay-rule independent, or a learning rate above 0",
+        )
+    return flags.weight_decay / lr
