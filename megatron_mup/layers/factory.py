@@ -1,0 +1,275 @@
+"""The layer factory: every parameter is born here, knowing its role and its logical shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_mup.config import Config
+from megatron_mup.layers.attention import SelfAttention, qkv_blocks
+from megatron_mup.layers.embedding import OutputLayer, PositionEmbedding, VocabParallelEmbedding
+from megatron_mup.layers.linear import ColumnLinear, RowLinear
+from megatron_mup.layers.mlp import GLU_BLOCKS, MLP, gelu, squared_relu, swiglu
+from megatron_mup.layers.norm import LayerNorm, RMSNorm
+from megatron_mup.parallel.mesh import TensorAxis
+from megatron_mup.parametrization.base import BaseSizes
+from megatron_mup.parametrization.meta import ParamMeta, Role
+from megatron_mup.parametrization.table import forward_multipliers
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+
+
+class LayerFactory:
+    """Makes the layers of one rank and registers what each parameter is.
+
+    Parameters are made on the meta device; they get memory after sharding and values from their counter-based
+    generator (`models.build`).
+
+    Args:
+        config: the run's configuration.
+        vocab_size: number of token ids.
+        axis: tensor-parallel axis.
+        dtype: precision of the parameters.
+
+    Attributes:
+        metas: full parameter name to `ParamMeta`, in order of birth.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, axis: TensorAxis, dtype: torch.dtype) -> None:
+        self.config, self.vocab_size, self.axis, self.dtype = config, vocab_size, axis, dtype
+        self.base = BaseSizes.of(config)
+        self.multipliers = forward_multipliers(config)
+        self.sequence_parallel = config.parallel.sequence_parallel and axis.size > 1
+        self.metas: dict[str, ParamMeta] = {}
+
+    def parameter(self, meta: ParamMeta) -> nn.Parameter:
+        """Registers a parameter and makes this rank's tensor-parallel shard of it, without memory."""
+        shape = list(meta.shape)
+        if meta.tp_dim is not None:
+            shape[meta.tp_dim] = self.axis.local(shape[meta.tp_dim])[1]
+        self.metas[meta.name] = meta
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
+
+    def vector(
+        self, name: str, role: Role, length: int, base_length: float, *, sharded: bool, partial: bool, layer: int | None
+    ) -> nn.Parameter:
+        """A bias or norm parameter.
+
+        Args:
+            name: full name.
+            role: `Role.BIAS`, `Role.NORM` or `Role.QK_NORM`.
+            length: global length.
+            base_length: the same at base size.
+            sharded: whether tensor ranks split it.
+            partial: whether each tensor rank sees only part of what it acts on, so that gradients must be summed.
+            layer: transformer layer, or None.
+        """
+        return self.parameter(
+            ParamMeta(
+                name=name,
+                role=role,
+                shape=(length,),
+                fan_in=1,
+                fan_out=length,
+                base_fan_in=1,
+                base_fan_out=base_length,
+                layer=layer,
+                branch=None if layer is None else ("mlp" if ".mlp" in name or "pre_mlp" in name else "attention"),
+                tp_dim=0 if sharded else None,
+                grad_sum_axes=("tp",) if partial and not sharded else (),
+            )
+        )
+
+    def norm(self, name: str, layer: int | None, role: Role = Role.NORM) -> nn.Module:
+        """A norm over the residual stream, or over one head (`Role.QK_NORM`)."""
+        model = self.config.model
+        head = role is Role.QK_NORM
+        length, base = (model.head_dim, self.base.head_dim) if head else (model.hidden_size, self.base.hidden)
+        partial = head or self.sequence_parallel
+
+        def make(part: str) -> nn.Parameter:
+            kind = Role.BIAS if part == "bias" else role
+            return self.vector(f"{name}.{part}", kind, length, base, sharded=False, partial=partial, layer=layer)
+
+        if model.normalization == "RMSNorm":
+            return RMSNorm(make("weight"), model.norm_epsilon)
+        return LayerNorm(make("weight"), make("bias"), model.norm_epsilon)
+
+    def attention(self, name: str, layer: int) -> SelfAttention:
+        """The attention branch of a layer."""
+        model, base = self.config.model, self.base
+        heads, groups, head_dim = model.num_attention_heads, model.query_groups, model.head_dim
+        per_group, base_per_group = heads // groups, base.heads / base.query_groups
+        rows, base_rows = (heads + 2 * groups) * head_dim, (base_per_group + 2) * base.query_groups * base.head_dim
+        qkv = self.parameter(
+            ParamMeta(
+                name=f"{name}.linear_qkv.weight",
+                role=Role.QKV,
+                shape=(rows, model.hidden_size),
+                fan_in=model.hidden_size,
+                fan_out=rows,
+                base_fan_in=base.hidden,
+                base_fan_out=base_rows,
+                blocks=qkv_blocks(per_group, head_dim),
+                layer=layer,
+                branch="attention",
+                tp_dim=0,
+            )
+        )
+        qkv_bias = None
+        if model.qkv_bias:
+            qkv_bias = self.vector(
+                f"{name}.linear_qkv.bias", Role.BIAS, rows, base_rows, sharded=True, partial=False, layer=layer
+            )
+        column = ColumnLinear(qkv, qkv_bias, self.axis, self.sequence_parallel)
+        row = self.row_linear(
+            f"{name}.linear_proj", Role.ATTENTION_OUTPUT, heads * head_dim, base.heads * base.head_dim, layer
+        )
+        q_norm = self.norm(f"{name}.q_layernorm", layer, Role.QK_NORM) if model.qk_layernorm else None
+        k_norm = self.norm(f"{name}.k_layernorm", layer, Role.QK_NORM) if model.qk_layernorm else None
+        local_heads = heads // self.axis.size
+        return SelfAttention(
+            column,
+            row,
+            q_norm,
+            k_norm,
+            heads=local_heads,
+            first_head=self.axis.rank * local_heads,
+            groups=groups // self.axis.size,
+            head_dim=head_dim,
+            scale=self.multipliers.attention_logits,
+            backend=self.config.training.attention_backend,
+            dropout=model.attention_dropout,
+        )
+
+    def row_linear(self, name: str, role: Role, fan_in: int, base_fan_in: float, layer: int) -> RowLinear:
+        """Last linear layer of a branch, ``fan_in -> hidden``."""
+        hidden = self.config.model.hidden_size
+        weight = self.parameter(
+            ParamMeta(
+                name=f"{name}.weight",
+                role=role,
+                shape=(hidden, fan_in),
+                fan_in=fan_in,
+                fan_out=hidden,
+                base_fan_in=base_fan_in,
+                base_fan_out=self.base.hidden,
+                layer=layer,
+                branch="mlp" if role is Role.MLP_OUT else "attention",
+                tp_dim=1,
+            )
+        )
+        bias = None
+        if self.config.model.linear_bias:
+            bias = self.vector(
+                f"{name}.bias",
+                Role.BIAS,
+                hidden,
+                self.base.hidden,
+                sharded=False,
+                partial=self.sequence_parallel,
+                layer=layer,
+            )
+        return RowLinear(weight, bias, self.axis, self.sequence_parallel)
+
+    def mlp(self, name: str, layer: int) -> MLP:
+        """The MLP branch of a layer."""
+        model, base = self.config.model, self.base
+        gates = 2 if model.swiglu else 1
+        rows, base_rows = gates * model.ffn_size, gates * base.ffn
+        weight = self.parameter(
+            ParamMeta(
+                name=f"{name}.linear_fc1.weight",
+                role=Role.MLP_IN,
+                shape=(rows, model.hidden_size),
+                fan_in=model.hidden_size,
+                fan_out=rows,
+                base_fan_in=base.hidden,
+                base_fan_out=base_rows,
+                blocks=GLU_BLOCKS if model.swiglu else (),
+                layer=layer,
+                branch="mlp",
+                tp_dim=0,
+            )
+        )
+        bias = None
+        if model.linear_bias:
+            bias = self.vector(
+                f"{name}.linear_fc1.bias", Role.BIAS, rows, base_rows, sharded=True, partial=False, layer=layer
+            )
+        activation = swiglu if model.swiglu else squared_relu if model.squared_relu else gelu
+        return MLP(
+            ColumnLinear(weight, bias, self.axis, self.sequence_parallel),
+            self.row_linear(f"{name}.linear_fc2", Role.MLP_OUT, model.ffn_size, base.ffn, layer),
+            activation,
+        )
+
+    def word_embeddings(self) -> VocabParallelEmbedding:
+        """The embedding; shared with the output layer unless untied."""
+        tied_over_stages = (
+            not self.config.model.untie_embeddings_and_output_weights
+            and self.config.parallel.pipeline_model_parallel_size > 1
+        )
+        weight = self.parameter(
+            ParamMeta(
+                name=WORD_EMBEDDINGS,
+                role=Role.EMBEDDING,
+                shape=(self.vocab_size, self.config.model.hidden_size),
+                fan_in=1,
+                fan_out=self.config.model.hidden_size,
+                base_fan_in=1,
+                base_fan_out=self.base.hidden,
+                tp_dim=0,
+                grad_sum_axes=("embedding",) if tied_over_stages else (),
+            )
+        )
+        return VocabParallelEmbedding(weight, self.first_row, self.axis, self.sequence_parallel)
+
+    def position_embeddings(self) -> PositionEmbedding:
+        """The learned position table."""
+        model = self.config.model
+        rows = model.max_position_embeddings or self.config.training.seq_length
+        weight = self.parameter(
+            ParamMeta(
+                name="embedding.position_embeddings.weight",
+                role=Role.POSITION_EMBEDDING,
+                shape=(rows, model.hidden_size),
+                fan_in=1,
+                fan_out=model.hidden_size,
+                base_fan_in=1,
+                base_fan_out=self.base.hidden,
+                grad_sum_axes=("tp",) if self.sequence_parallel else (),
+            )
+        )
+        return PositionEmbedding(weight, self.axis, self.sequence_parallel)
+
+    def output_layer(self, embedding_is_here: bool) -> OutputLayer:
+        """The projection to the vocabulary.
+
+        Untied it has its own matrix; tied it takes the embedding's where that is on the same stage, and a copy of it
+        elsewhere.
+        """
+        model = self.config.model
+        tied = not model.untie_embeddings_and_output_weights
+        weight = None
+        if not (tied and embedding_is_here):
+            weight = self.parameter(
+                ParamMeta(
+                    name="output_layer.weight",
+                    role=Role.EMBEDDING if tied else Role.READOUT,
+                    shape=(self.vocab_size, model.hidden_size),
+                    fan_in=1 if tied else model.hidden_size,
+                    fan_out=model.hidden_size if tied else self.vocab_size,
+                    base_fan_in=1 if tied else self.base.hidden,
+                    base_fan_out=self.base.hidden if tied else self.vocab_size,
+                    tp_dim=0,
+                    tied_to=WORD_EMBEDDINGS if tied else None,
+                    grad_sum_axes=("embedding",) if tied else (),
+                )
+            )
+        return OutputLayer(weight, self.axis, self.sequence_parallel, model.make_vocab_size_divisible_by)
+
+    @property
+    def first_row(self) -> int:
+        """Token id of the first vocabulary row on this rank."""
+        return self.axis.local(self.vocab_size)[0]

@@ -1,0 +1,51 @@
+"""The MLP branch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_mup.parametrization.meta import Block
+
+# Gate and up rows alternate in runs of this many, so that any contiguous shard of rows that is a multiple of twice as
+# many holds whole pairs: tensor and data shards both cut dimension 0. Eight bf16 values are one 16-byte load.
+GLU_INTERLEAVE = 8
+GLU_BLOCKS = (
+    Block("gate", 0, GLU_INTERLEAVE, 2 * GLU_INTERLEAVE),
+    Block("up", GLU_INTERLEAVE, GLU_INTERLEAVE, 2 * GLU_INTERLEAVE),
+)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of interleaved features, ``[..., 2 ffn]`` to ``[..., ffn]`` (Shazeer, arXiv 2002.05202)."""
+    gate, up = x.unflatten(-1, (-1, 2, GLU_INTERLEAVE)).unbind(-2)
+    return (F.silu(gate) * up).flatten(-2)
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """``relu(x)^2`` (So et al., arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form, Megatron's default."""
+    return F.gelu(x, approximate="tanh")
+
+
+class MLP(nn.Module):
+    """Two linear layers around an activation.
+
+    Args:
+        linear_fc1: ``hidden -> ffn``, or ``hidden -> 2 ffn`` (interleaved gate and up) with SwiGLU.
+        linear_fc2: ``ffn -> hidden``.
+        activation: one of the functions of this module.
+    """
+
+    def __init__(self, linear_fc1: nn.Module, linear_fc2: nn.Module, activation: object) -> None:
+        super().__init__()
+        self.linear_fc1, self.linear_fc2, self.activation = linear_fc1, linear_fc2, activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[seq (/ tp), batch, hidden]`` to the same shape."""
+        return self.linear_fc2(self.activation(self.linear_fc1(x)))

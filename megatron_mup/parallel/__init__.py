@@ -1,0 +1,1 @@
+"""The parallel room; see docs/architecture.md."""

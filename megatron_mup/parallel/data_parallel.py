@@ -1,0 +1,70 @@
+"""Data parallelism by FSDP2: sharded, hybrid, or replicated (a hybrid whose shards are one rank wide)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from megatron_mup.config import Config
+from megatron_mup.parallel.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Precision of activations and matrix products."""
+    return torch.bfloat16 if config.training.bf16 else torch.float32
+
+
+def main_dtype(config: Config) -> torch.dtype:
+    """Precision in which the optimizer keeps weights."""
+    return DTYPES[config.training.main_params_dtype] if config.training.bf16 else torch.float32
+
+
+def parameter_dtype(config: Config, mesh: Mesh) -> torch.dtype:
+    """Precision in which the module holds its parameters.
+
+    FSDP2 keeps the optimizer's precision and casts when it gathers; a rank without data-parallel peers has nothing to
+    gather, so its module holds what it computes with and the optimizer a copy of its own (`optim.main_params`).
+    """
+    return compute_dtype(config) if mesh.dp_size == 1 else main_dtype(config)
+
+
+def shard_over_data(model: nn.Module, layers: list[nn.Module], config: Config, mesh: Mesh) -> None:
+    """Applies FSDP2 to each layer and to the rest of a model; does nothing on a rank without data-parallel peers.
+
+    Gradients are summed, not averaged: the loss is already divided by the global number of tokens.
+
+    Args:
+        model: a pipeline stage, on the meta device.
+        layers: its transformer layers, the units that are gathered and reduced together.
+        config: sharding strategy and reduction precision.
+        mesh: the run's mesh.
+    """
+    if mesh.dp_size == 1:
+        return
+    parallel = config.parallel
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(config),
+        reduce_dtype=torch.bfloat16 if parallel.grad_reduce_in_bf16 else torch.float32,
+        cast_forward_inputs=False,
+    )
+    hybrid = mesh.size("dp_replicate") > 1
+    axis = mesh.world["dp_replicate", "dp_shard"] if hybrid else mesh.world["dp_shard"]
+    reshard = parallel.sharding == "optim_grads_params"
+    for layer in layers:
+        fully_shard(layer, mesh=axis, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=axis, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # gloo has no pre-multiplied sum, which a factor other than the mean would otherwise ask for.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
+    """Tells FSDP2 whether the coming backward is a step's last, the one that reduces gradients."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        model.set_is_last_backward(is_last)
