@@ -1,0 +1,1 @@
+"""The optim room; see docs/architecture.md."""

@@ -1,0 +1,68 @@
+"""The global gradient norm, each logical parameter counted once, and clipping by it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_mup.optim.main_params import MainParam
+from megatron_mup.parallel.mesh import Mesh
+
+
+def gradients(params: list[MainParam]) -> list[torch.Tensor]:
+    """Gradients of parameters, in order; an empty shard may come without.
+
+    Raises:
+        RuntimeError: a parameter that has no gradient.
+    """
+    grads = []
+    for param in params:
+        grad = param.grad
+        if grad is None:
+            if param.value.numel():
+                raise RuntimeError(f"parameter {param.meta.name} has no gradient; did it take part in the loss?")
+            grad = torch.empty_like(param.value)
+        grads.append(grad)
+    return grads
+
+
+@torch.no_grad()
+def global_grad_norm(params: list[MainParam], mesh: Mesh) -> torch.Tensor:
+    """Euclidean norm of the gradient of all logical parameters, alike on every rank.
+
+    Copies count once: those of tensor ranks by tensor rank 0, a tied parameter's other copy not at all, replicas
+    because no sum runs over ``dp_replicate``. Norms of single tensors are taken in fp64 on a CPU (whose fp32
+    reduction loses digits on long tensors) and in fp32 elsewhere; their squares are summed in fp64. One number is
+    summed over each of the axes ``tp``, ``dp_shard`` and ``pp``: collective over all ranks.
+
+    Returns:
+        0-d fp32 tensor on the mesh's device, without waiting for it.
+
+    Raises:
+        RuntimeError: a parameter that has no gradient.
+    """
+    grads = gradients(params)
+    counted = [
+        grad
+        for param, grad in zip(params, grads, strict=True)
+        if grad.numel() and param.meta.tied_to is None and (param.meta.tp_dim is not None or mesh.rank("tp") == 0)
+    ]
+    square = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    if counted:
+        dtype = torch.float64 if mesh.device.type == "cpu" else torch.float32
+        norms = torch._foreach_norm(counted, 2, dtype=dtype)
+        square += torch.stack(norms).double().square().sum()
+    for axis in ("tp", "dp_shard", "pp"):
+        if mesh.size(axis) > 1:
+            dist.all_reduce(square, group=mesh.group(axis))
+    return square.sqrt().float()
+
+
+@torch.no_grad()
+def clip_(params: list[MainParam], norm: torch.Tensor, max_norm: float) -> None:
+    """Multiplies gradients by min(1, max_norm / (norm + 1e-6)), in place and on the device; 0 turns it off."""
+    if max_norm <= 0:
+        return
+    grads = [grad for grad in gradients(params) if grad.numel()]
+    if grads:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))

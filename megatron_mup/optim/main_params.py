@@ -1,0 +1,140 @@
+"""The tensors that optimizers update: this rank's shard of each parameter, in the optimizer's precision."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from megatron_mup.config import Config
+from megatron_mup.parallel.data_parallel import main_dtype
+from megatron_mup.parallel.layout import Layout
+from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.parametrization.init import initial_values
+from megatron_mup.parametrization.meta import ParamMeta
+from megatron_mup.parametrization.table import scaling
+
+
+@dataclass
+class MainParam:
+    """One parameter as its optimizer sees it.
+
+    Attributes:
+        meta: logical facts.
+        layout: where ``value`` lies in the global tensor.
+        value: this rank's shard, shape ``layout.local_shape``, plain tensor; updated in place.
+        grad: gradient of the global loss by ``value``, same shape, final (summed over every axis), or None between
+            steps.
+    """
+
+    meta: ParamMeta
+    layout: Layout
+    value: torch.Tensor
+    grad: torch.Tensor | None = None
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a parameter or gradient, whether FSDP2 holds it or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class MainParams:
+    """Links a model's parameters and gradients to the optimizer's tensors.
+
+    Where the module already holds the optimizer's precision, ``value`` is its storage. Otherwise (bf16 without
+    data-parallel peers) it is a copy, gradients are summed over micro-batches in fp32, and `publish` writes the updated
+    values back.
+
+    Args:
+        model: a pipeline stage, sharded, with memory.
+        metas: full parameter name to facts, for every parameter of ``model``.
+        config: the run's configuration.
+        mesh: the run's mesh.
+    """
+
+    def __init__(self, model: nn.Module, metas: dict[str, ParamMeta], config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.modules_params = dict(model.named_parameters())
+        if set(self.modules_params) != set(metas):
+            raise RuntimeError(f"parameters without facts: {sorted(set(self.modules_params) ^ set(metas))}")
+        dtype = main_dtype(config)
+        self.params: list[MainParam] = []
+        self.copied: list[tuple[MainParam, nn.Parameter]] = []
+        for name, param in self.modules_params.items():
+            local = local_part(param.detach())
+            layout = Layout.of(metas[name], mesh)
+            if local.shape != layout.local_shape:
+                raise RuntimeError(f"{name}: this rank holds {tuple(local.shape)}, not {layout.local_shape}")
+            value = local if local.dtype == dtype else torch.empty_like(local, dtype=dtype)
+            self.params.append(MainParam(metas[name], layout, value))
+            if value is not local:
+                self.copied.append((self.params[-1], param))
+                param.register_post_accumulate_grad_hook(partial(self._accumulate, name))
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def initialise(self) -> None:
+        """Draws every value from its counter-based generator."""
+        for main in self.params:
+            main.value.copy_(
+                initial_values(
+                    main.meta,
+                    scaling(main.meta, self.config).init_std,
+                    self.config.training.seed,
+                    main.layout.offsets,
+                    main.layout.local_shape,
+                    main.value.device,
+                    torch.float32,
+                )
+            )
+        self.publish()
+
+    def publish(self) -> None:
+        """Writes updated values to the parameters that the module computes with."""
+        if self.copied:
+            torch._foreach_copy_([local_part(p.detach()) for _, p in self.copied], [m.value for m, _ in self.copied])
+
+    def _accumulate(self, name: str, param: nn.Parameter) -> None:
+        """Moves the gradient of one micro-batch into an fp32 sum."""
+        if name in self._sums:
+            self._sums[name] += param.grad
+        else:
+            self._sums[name] = param.grad.to(torch.float32)
+        param.grad = None
+
+    def collect_grads(self) -> None:
+        """Gives every `MainParam` its final gradient, summed over the axes that its facts name."""
+        unsummed: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for main in self.params:
+            grad = self._sums.pop(main.meta.name, None)
+            if grad is None:
+                module_grad = self.modules_params[main.meta.name].grad
+                if module_grad is None:
+                    raise RuntimeError(f"{main.meta.name} took no part in the loss: it has no gradient")
+                grad = local_part(module_grad)
+            main.grad = grad
+            for axis in main.meta.grad_sum_axes:
+                unsummed[axis].append(grad)
+        for axis, grads in unsummed.items():
+            group = self.mesh.embedding_group if axis == "embedding" else self.mesh.group(axis)
+            _all_reduce_together(grads, group)
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        self._sums.clear()
+        for main in self.params:
+            main.grad = None
+        for param in self.modules_params.values():
+            param.grad = None
+
+
+def _all_reduce_together(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Sums tensors over a group in place, in one fp32 collective."""
+    flat = torch.cat([t.reshape(-1).float() for t in tensors])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [f.view_as(t) for f, t in zip(parts, tensors, strict=True)])

@@ -1,0 +1,69 @@
+"""Floating-point operations of a training step, by the two formulas in use, and what devices could do at best."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+
+from megatron_mup.config import ModelConfig
+
+Causal = Literal["half", "full"]
+
+
+def flops_per_token(model: ModelConfig, seq_length: int, vocab_size: int, causal: Causal) -> float:
+    """Operations of forward and backward for one token, counted as published tables count them.
+
+    ``6 x matrix parameters + a x layers x heads x head width x seq_length``. Matrix parameters are those of the
+    layers and of the output layer (tied or not); embeddings, norms, biases and the padding of the vocabulary count
+    nothing, recomputed activations neither. Attention's two products over scores take ``12`` for every pair of
+    positions (``a = 12``, ``full``: torchtitan, Megatron-LM's older tables); a causal mask needs half of the pairs
+    (``a = 6``, ``half``: Megatron-LM today, Megatron-Bridge). Packed documents are counted as one sequence.
+
+    Args:
+        model: architecture.
+        seq_length: tokens per sequence.
+        vocab_size: token ids, unpadded.
+        causal: how attention is counted.
+
+    Returns:
+        FLOP per token; a multiplication and an addition are two.
+    """
+    attention_width = model.num_attention_heads * model.head_dim
+    qkv_width = (model.num_attention_heads + 2 * model.query_groups) * model.head_dim
+    mlp_matrices = 3 if model.swiglu else 2
+    layer = model.hidden_size * (qkv_width + attention_width + mlp_matrices * model.ffn_size)
+    matrices = model.num_layers * layer + model.hidden_size * vocab_size
+    per_pair = 6 if causal == "half" else 12
+    return float(6 * matrices + per_pair * model.num_layers * attention_width * seq_length)
+
+
+_PEAKS: tuple[tuple[str, dict[torch.dtype, float]], ...] = (
+    (r"\bMIG\b", {}),
+    (r"\bGB[23]00\b", {torch.bfloat16: 2500e12}),
+    (r"\bB[23]00\b", {torch.bfloat16: 2250e12}),
+    (r"\bGH200\b", {torch.bfloat16: 989e12, torch.float32: 67e12}),
+    (r"\bH200 NVL\b", {torch.bfloat16: 835e12, torch.float32: 60e12}),
+    (r"\bH[128]00 PCIe\b", {torch.bfloat16: 756e12, torch.float32: 51e12}),
+    (r"\bH100 NVL\b", {torch.bfloat16: 835e12, torch.float32: 60e12}),
+    (r"\bH(100|200|800)\b", {torch.bfloat16: 989e12, torch.float32: 67e12}),
+    (r"\bA[18]00\b", {torch.bfloat16: 312e12, torch.float32: 19.5e12}),
+    (r"\bL40S\b", {torch.bfloat16: 362e12, torch.float32: 91.6e12}),
+    (r"\bMI300X\b", {torch.bfloat16: 1307e12, torch.float32: 163.4e12}),
+)
+"""Device name pattern, most special first, to peak FLOP/s by dtype of the matrix products, from the makers' data
+sheets: dense, without sparsity; fp32 without TF32."""
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of a device for dense matrix products in ``dtype``; None where unknown.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` tells it, e.g. ``NVIDIA H100 80GB HBM3``.
+        dtype: bf16 or fp32 (without TF32).
+    """
+    for pattern, peaks in _PEAKS:
+        if re.search(pattern, device_name, re.IGNORECASE):
+            return peaks.get(dtype)
+    return None

@@ -1,0 +1,69 @@
+"""From the command line to a finished run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_mup.config import Config, ConfigError, check_paths, parse_config, resolved, to_yaml, validate
+from megatron_mup.models.gpt import parameter_metas
+from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.parametrization.report import format_table, table_rows
+from megatron_mup.training.launch import Launch, init_process_group
+from megatron_mup.training.trainer import Trainer, vocabulary_size
+
+EXIT_CONFIG = 2
+"""Exit code: a setting that cannot work; nothing was started."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `pretrain.py`; returns the exit code. Mistakes of the user end in one message, before any rank waits."""
+    launch = Launch.from_environment()
+    try:
+        config, done = _configure(argv, launch)
+    except ConfigError as error:
+        if launch.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    if done:
+        return 0
+    device = init_process_group(config, launch)
+    try:
+        return _run(config, device, launch)
+    except ConfigError as error:
+        # Data and checkpoints may fail on one rank alone, so each says so.
+        print(f"error on rank {launch.rank}: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    finally:
+        dist.destroy_process_group()
+
+
+def _configure(argv: Sequence[str], launch: Launch) -> tuple[Config, bool]:
+    """The validated configuration, with the true vocabulary size, and whether all is done with printing it."""
+    parsed = parse_config(argv)
+    if parsed.print_config:
+        if launch.rank == 0:
+            print(to_yaml(resolved(parsed.config, launch.world_size)))
+        return parsed.config, True
+    warnings = [*parsed.warnings, *validate(parsed.config, launch.world_size, parsed.explicit)]
+    check_paths(parsed.config)
+    config = replace(parsed.config, model=replace(parsed.config.model, vocab_size=vocabulary_size(parsed.config)))
+    validate(config, launch.world_size)
+    if launch.rank == 0:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    return config, False
+
+
+def _run(config: Config, device: torch.device, launch: Launch) -> int:
+    torch.use_deterministic_algorithms(config.training.deterministic_mode)
+    vocab_size = config.model.vocab_size
+    assert vocab_size is not None
+    trainer = Trainer(config, vocab_size, Mesh.build(config, device))
+    if launch.rank == 0:
+        print(format_table(table_rows(parameter_metas(config, vocab_size), config), config))
+    return trainer.train()

@@ -1,0 +1,173 @@
+"""Where metrics are recorded: TensorBoard, Weights & Biases, a file of JSON lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Protocol
+
+from megatron_mup.config import Config, ConfigError, to_dict
+
+Scalars = Mapping[str, float]
+
+
+class Sink(Protocol):
+    """A place that takes scalars by name, iteration by iteration, never backwards."""
+
+    def write(self, iteration: int, scalars: Scalars) -> None:
+        """Records the scalars of one iteration; a second call for the same iteration adds to the first."""
+
+    def flush(self) -> None:
+        """Brings what was written to where a reader sees it."""
+
+    def close(self) -> None:
+        """Ends the record."""
+
+
+def check_sinks(config: Config) -> None:
+    """Refuses sinks whose package is missing; called on every rank, so that all of them stop.
+
+    Raises:
+        ConfigError: ``--wandb-project`` without the wandb package.
+    """
+    project = config.logging.wandb_project
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"--wandb-project {project}",
+            "the package wandb is not installed",
+            "pip install 'megatron-mup[wandb]', or leave the flag out (--tensorboard-dir needs no extra)",
+        )
+
+
+def open_sinks(config: Config, start_iteration: int) -> list[Sink]:
+    """The sinks that the configuration names, going on after ``start_iteration``."""
+    logging, sinks = config.logging, list[Sink]()
+    if logging.tensorboard_dir is not None:
+        sinks.append(TensorBoard(logging.tensorboard_dir, start_iteration))
+    if logging.wandb_project is not None:
+        sinks.append(Wandb(config))
+    if logging.metrics_file is not None:
+        sinks.append(JsonLines(logging.metrics_file, start_iteration))
+    return sinks
+
+
+class TensorBoard:
+    """Event files in a folder. Events beyond ``start_iteration`` from an earlier start are hidden (``purge_step``)."""
+
+    def __init__(self, folder: str, start_iteration: int) -> None:
+        """Opens a new event file in the folder."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder, purge_step=start_iteration + 1)
+
+    def write(self, iteration: int, scalars: Scalars) -> None:
+        """Adds one point to each curve."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def flush(self) -> None:
+        """Writes waiting events to the file."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run with the configuration attached.
+
+    Its own environment variables hold: ``WANDB_MODE=offline`` keeps the run on disk, ``WANDB_RUN_ID`` continues a run.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Starts the run, or continues the one of ``WANDB_RUN_ID``."""
+        import wandb
+
+        logging = config.logging
+        if logging.wandb_save_dir is not None:
+            os.makedirs(logging.wandb_save_dir, exist_ok=True)
+        self._run = wandb.init(
+            project=logging.wandb_project,
+            name=logging.wandb_exp_name,
+            entity=logging.wandb_entity,
+            dir=logging.wandb_save_dir,
+            config=to_dict(config),
+            resume="allow",
+        )
+
+    def write(self, iteration: int, scalars: Scalars) -> None:
+        """Logs the scalars at the iteration."""
+        self._run.log(dict(scalars), step=iteration)
+
+    def flush(self) -> None:
+        """Nothing to do: wandb uploads in the background."""
+
+    def close(self) -> None:
+        """Finishes the run, waiting for its upload."""
+        self._run.finish()
+
+
+class JsonLines:
+    """A file with one JSON object per line: ``iteration`` and the scalars by name; ``null`` where not finite.
+
+    The file stays the history of one run: lines of iterations beyond ``start_iteration``, which the run that goes on
+    is about to repeat, and a torn last line are cut off. A run that starts at iteration 0 moves an older file aside,
+    to the first free one of ``<file>.1``, ``<file>.2``, …
+    """
+
+    def __init__(self, path: str, start_iteration: int) -> None:
+        """Opens the file for appending.
+
+        Raises:
+            ConfigError: a file to go on with that holds something else.
+        """
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        if os.path.isfile(path) and os.path.getsize(path):
+            if start_iteration == 0:
+                _move_aside(path)
+            else:
+                os.truncate(path, _history_length(path, start_iteration))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, iteration: int, scalars: Scalars) -> None:
+        """Appends one line."""
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+
+    def flush(self) -> None:
+        """Hands waiting lines to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _history_length(path: str, last_iteration: int) -> int:
+    """Bytes of the file in front of the first line beyond ``last_iteration``, or of a last line that is torn."""
+    length = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                iteration = json.loads(line)["iteration"]
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(
+                    f"--metrics-file {path}", f"line {number} is no record of a run", "give another file"
+                ) from None
+            if iteration > last_iteration:
+                break
+            length += len(line)
+    return length
+
+
+def _move_aside(path: str) -> None:
+    number = 1
+    while os.path.exists(f"{path}.{number}"):
+        number += 1
+    os.replace(path, f"{path}.{number}")

@@ -1,0 +1,121 @@
+"""Any layout computes the same update, norm and clipping as one rank."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from optim_cases import alone, model_metas, shard_of
+
+from megatron_mup.config import Config, OptimizerConfig, ParallelConfig
+from megatron_mup.optim.clip import clip_, global_grad_norm
+from megatron_mup.optim.main_params import MainParam
+from megatron_mup.optim.optimizer import Optimizer
+from megatron_mup.parallel.mesh import AXES, Mesh
+from megatron_mup.parametrization.meta import ParamMeta
+
+# (pp, tp, dp_replicate, dp_shard) by world size. "short" has 2 rows: with 4 data shards two ranks hold none of it; the
+# embedding's 22 rows and the norms' 12 don't divide evenly.
+LAYOUTS = {
+    2: [(1, 2, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)],
+    4: [(1, 4, 1, 1), (1, 1, 1, 4), (1, 2, 1, 2), (1, 2, 2, 1), (1, 1, 2, 2), (2, 2, 1, 1), (2, 1, 1, 2)],
+}
+STEPS = 3
+CONFIGS = {
+    "muon": OptimizerConfig(optimizer="muon", lr=1e-2, muon_ns_dtype="fp32", clip_grad=1.0),
+    "muon-no-split": OptimizerConfig(
+        optimizer="muon", lr=1e-2, muon_ns_dtype="fp32", muon_split_qkv=False, muon_split_fc1=False
+    ),
+    "adam": OptimizerConfig(lr=1e-2),
+}
+
+
+def value_of(meta: ParamMeta, tag: str) -> torch.Tensor:
+    seed = sum(i * byte for i, byte in enumerate(f"{meta.name}/{tag}".encode(), 1))
+    return torch.randn(meta.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train(params: list[MainParam], config: Config, mesh: Mesh) -> tuple[list[float], Optimizer]:
+    """Gradient norms of a few steps on fixed gradients."""
+    optimizer = Optimizer(params, config, mesh)
+    norms = []
+    for step in range(STEPS):
+        for param in params:
+            param.grad = param.layout.shard(value_of(param.meta, str(step))).clone()
+        norm = global_grad_norm(params, mesh)
+        clip_(params, norm, config.optimizer.clip_grad)
+        optimizer.step(1 / (step + 1))
+        norms.append(norm.item())
+    return norms, optimizer
+
+
+def mesh_of(grid: tuple[int, int, int, int]) -> Mesh:
+    pp, tp, replicate, shard = grid
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=tp,
+        data_parallel_sharding_strategy="optim_grads_params" if shard > 1 else "no_shard",
+        num_distributed_optimizer_instances=replicate if shard > 1 else 1,
+    )
+    mesh = Mesh.build(Config(parallel=parallel), torch.device("cpu"))
+    assert tuple(mesh.size(axis) for axis in AXES) == grid
+    return mesh
+
+
+def held(metas: list[ParamMeta], mesh: Mesh) -> list[ParamMeta]:
+    """What a rank's pipeline stage holds: all, or the layers of its number."""
+    if mesh.size("pp") == 1:
+        return metas
+    return [m for m in metas if (m.layer or 0) == mesh.rank("pp")]
+
+
+def compare(mesh: Mesh, config: Config, want: dict[str, torch.Tensor], norms: list[float]) -> str:
+    """What differs from one rank on this rank; empty when nothing does."""
+    params = [shard_of(m, value_of(m, "init"), mesh) for m in held(model_metas(), mesh)]
+    got_norms, optimizer = train(params, config, mesh)
+    for got, norm in zip(got_norms, norms, strict=True):
+        if abs(got - norm) > 1e-6 * norm:
+            return f"norm {got} is not {norm}"
+    compared = {f"value/{param.meta.name}": (param, param.value) for param in params} | optimizer.state_tensors()
+    for name, (param, tensor) in compared.items():
+        if tensor.shape != param.layout.local_shape:
+            return f"{name} has shape {tuple(tensor.shape)}, not the shard's {param.layout.local_shape}"
+        whole = want[name]
+        error = (tensor - param.layout.shard(whole)).norm() / whole.norm()
+        if error > 1e-5:
+            return f"{name} off by {error:.1e}"
+    return ""
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    problems = []
+    for grid in LAYOUTS[world]:
+        mesh = mesh_of(grid)
+        for label, flags in CONFIGS.items():
+            reference = torch.load(f"{folder}/{label}.pt")
+            problem = compare(mesh, Config(optimizer=flags), reference["tensors"], reference["norms"])
+            if problem:
+                problems.append(f"{label} {grid}: {problem}")
+    Path(folder, f"rank{rank}").write_text("\n".join(problems))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_layout_equals_one_rank(world, lone_mesh):
+    with tempfile.TemporaryDirectory() as folder:
+        for label, flags in CONFIGS.items():
+            params = [alone(m, value_of(m, "init")) for m in model_metas()]
+            norms, optimizer = train(params, Config(optimizer=flags), lone_mesh)
+            tensors = {f"value/{param.meta.name}": param.value for param in params}
+            tensors |= {key: tensor for key, (_, tensor) in optimizer.state_tensors().items()}
+            torch.save({"norms": norms, "tensors": tensors}, f"{folder}/{label}.pt")
+        mp.spawn(worker, args=(world, folder), nprocs=world)
+        for rank in range(world):
+            assert Path(folder, f"rank{rank}").read_text() == "", f"rank {rank}"
