@@ -1,0 +1,66 @@
+"""What a checkpoint holds: names and the shards of global tensors behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron_mup.optim.main_params import MainParam
+
+MODEL, OPTIMIZER = "model", "optimizer"
+"""First parts of keys: ``model/<parameter>`` and ``optimizer/<kind>/<parameter>``."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's shard of a global tensor.
+
+    Attributes:
+        key: name in the checkpoint.
+        tensor: the shard, live: loading writes into it. It may be empty.
+        shape: global shape.
+        offsets: index of the shard's first element in the global tensor, per dimension.
+        is_copy: a tied copy: another rank's piece is saved under this key, and both load from it.
+    """
+
+    key: str
+    tensor: torch.Tensor
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    is_copy: bool = False
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether this rank offers the piece for saving."""
+        return not self.is_copy and self.tensor.numel() > 0
+
+
+def checkpoint_pieces(
+    params: Iterable[MainParam], optimizer_state: Mapping[str, tuple[MainParam, torch.Tensor]] | None = None
+) -> list[Piece]:
+    """Pieces of this rank: values in the optimizer's precision and, if given, optimizer state.
+
+    Args:
+        params: this rank's parameters.
+        optimizer_state: ``<kind>/<parameter>`` to parameter and tensor in its layout, as `Optimizer.state_tensors`
+            gives it; None saves or loads weights only.
+
+    Raises:
+        ValueError: a tensor that doesn't have its shard's shape.
+    """
+    pieces = [_piece(MODEL, param, param.value) for param in params]
+    for name, (param, tensor) in (optimizer_state or {}).items():
+        pieces.append(_piece(f"{OPTIMIZER}/{name.partition('/')[0]}", param, tensor))
+    return pieces
+
+
+def _piece(prefix: str, param: MainParam, tensor: torch.Tensor) -> Piece:
+    meta, layout = param.meta, param.layout
+    if tuple(tensor.shape) != layout.local_shape:
+        raise ValueError(f"{prefix}/{meta.name} has shape {tuple(tensor.shape)}, its shard {layout.local_shape}")
+    key = f"{prefix}/{meta.tied_to or meta.name}"
+    return Piece(key, tensor, layout.shape, layout.offsets, is_copy=meta.tied_to is not None)

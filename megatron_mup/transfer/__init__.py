@@ -1,0 +1,1 @@
+"""The transfer room; see docs/architecture.md."""

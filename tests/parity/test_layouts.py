@@ -1,0 +1,95 @@
+"""Every layout computes what one rank computes. The release gate."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests.parity import cases
+
+RECOMPUTE = {"": "", "full": "--recompute-granularity full", "selective": "--recompute-granularity selective"}
+LOSS_TOLERANCE = {"adam": 1e-5, "muon": 1e-4}
+
+MATRIX = [
+    pytest.param(
+        layout,
+        scheme,
+        optimizer,
+        id=f"{layout}-{scheme}-{optimizer}",
+        # One combination per layout in `make test`; schemes and optimizers take turns.
+        marks=() if (number + place) % 6 == 0 else pytest.mark.long,
+    )
+    for place, layout in enumerate(cases.LAYOUTS)
+    for number, (scheme, optimizer) in enumerate((s, o) for s in cases.SCHEMES for o in cases.OPTIMIZERS)
+]
+
+
+@pytest.fixture(scope="session")
+def reference(pool):
+    """What one rank computes, by flags."""
+
+    @functools.cache
+    def run(*flags: str):
+        return pool.run(1, cases.observe, cases.config_of(*flags))[0]
+
+    return run
+
+
+def assert_parity(seen, expected, optimizer):
+    assert seen["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
+        assert torch.equal(seen["weights"][name], value), f"initial {name} differs"
+    first, first_expected = seen["losses"][0], expected["losses"][0]
+    torch.testing.assert_close(first, first_expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(seen["grad_norm"], expected["grad_norm"], rtol=1e-5, atol=0)
+    assert seen["grads"].keys() == expected["grads"].keys()
+    # Gradients that are zero in truth have no relative error: a floor far below the whole gradient.
+    floor = 1e-7 * expected["grad_norm"]
+    for name, value in expected["grads"].items():
+        error = (seen["grads"][name] - value).norm()
+        assert error <= 1e-5 * value.norm() + floor, f"gradient of {name}: {error / value.norm():.2e}"
+    rtol = LOSS_TOLERANCE[optimizer]
+    torch.testing.assert_close(seen["losses"], expected["losses"], rtol=rtol, atol=0)
+    torch.testing.assert_close(seen["eval"], expected["eval"], rtol=rtol, atol=0)
+
+
+def compare(pool, reference, case, flags, optimizer):
+    config = cases.with_layout(cases.config_of(*flags), case)
+    assert_parity(pool.run(case.ranks, cases.observe, config)[0], reference(*flags), optimizer)
+
+
+@pytest.mark.parametrize(("layout", "scheme", "optimizer"), MATRIX)
+def test_layout_matches_one_rank(pool, reference, layout, scheme, optimizer):
+    flags = (cases.SCHEMES[scheme], cases.OPTIMIZERS[optimizer])
+    compare(pool, reference, cases.LAYOUTS[layout], flags, optimizer)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=() if name in ("tp2-sp", "pp2", "tp2-fsdp2") else pytest.mark.long)
+        for name in cases.LAYOUTS
+    ],
+)
+def test_other_features(pool, reference, layout, recompute):
+    """Dropout, document masks, biases, learned positions, untied head, z-loss, recomputation."""
+    case = cases.LAYOUTS[layout]
+    config = cases.with_layout(cases.config_of(cases.FEATURES, RECOMPUTE[recompute]), case)
+    assert_parity(pool.run(case.ranks, cases.observe, config)[0], reference(cases.FEATURES), "adam")
+
+
+def test_recompute_changes_nothing_on_one_rank(pool, reference):
+    for flags in RECOMPUTE.values():
+        seen = pool.run(1, cases.observe, cases.config_of(cases.FEATURES, flags))[0]
+        assert torch.equal(seen["losses"], reference(cases.FEATURES)["losses"])
+
+
+def test_training_learns(reference):
+    """A reference that stood still would be easy to match."""
+    for scheme in cases.SCHEMES.values():
+        for optimizer in cases.OPTIMIZERS.values():
+            losses = reference(scheme, optimizer)["losses"]
+            assert losses[-1] < losses[0] - 0.05
