@@ -134,13 +134,9 @@ class GPT(nn.Module):
             loss, each summed over the tokens of the micro-batch, in nats. Without labels the last stage returns this
             rank's logits ``[seq, batch, about vocab / tp]``, multiplier applied.
         """
-        model, seq = self.config.model, self.config.training.seq_length
-        if self.embedding is not None:
-            seq = x.shape[1]
-        if position_ids is None:
-            positions = torch.arange(seq, device=x.device)[:, None]
-        else:
-            positions = position_ids.t()
+        model = self.config.model
+        seq = x.shape[1] if self.embedding is not None else self.config.training.seq_length
+        positions = torch.arange(seq, device=x.device)[:, None] if position_ids is None else position_ids.t()
         salts = self.salts(x.device)
         if self.embedding is not None:
             x = self.embedding(x.t(), positions, sample_index, None if salts is None else salts[-1, 0])

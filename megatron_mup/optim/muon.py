@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from megatron_mup.optim.clip import gradients
+from megatron_mup.optim.exchange import Exchange
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.newton_schulz import orthonormalize
+from megatron_mup.optim.planner import Assignment, make_plan, newton_schulz_cost
+from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import Block, ParamMeta, Role
 from megatron_mup.parametrization.table import Scaling
 
@@ -84,17 +88,6 @@ def take_block(tensor: torch.Tensor, block: Block) -> torch.Tensor:
     return view[:, :, block.start : block.start + block.size]
 
 
-@dataclass
-class _Batch:
-    """Parameters of equal shape, blocks and settings, orthonormalized together."""
-
-    params: list[MainParam]
-    momenta: list[torch.Tensor]
-    blocks: tuple[Block, ...]
-    lr: float
-    weight_decay: float
-
-
 class Muon:
     """Muon with exponential-average momentum (Keller Jordan's and PyTorch's form) and decoupled weight decay.
 
@@ -104,85 +97,124 @@ class Muon:
         W <- W - lr wd W - lr s O(U)
 
     O orthonormalizes each logical block and s is its shape's factor, both from the global matrix, so that no layout
-    changes the update beyond rounding: the momentum lives on the shard, the update is gathered whole on every rank
-    that shares it (in the precision of Newton-Schulz), orthonormalized there, and each keeps its own part.
+    changes the update beyond rounding. Each matrix has a home rank (`optim.planner`) that orthonormalizes it whole;
+    shards of U travel there and of O back, in Newton-Schulz's precision (`optim.exchange`). Momentum lives on the
+    shard, and in one replica only: the one that the home is in.
+
+    Args:
+        params: this rank's shards and their numbers.
+        settings: what all matrices share.
+        mesh: the run's mesh; None for a rank alone. Collective over its stage's ranks.
     """
 
-    def __init__(self, params: list[tuple[MainParam, Scaling]], settings: MuonSettings) -> None:
-        """Momentum for every parameter, and the order of work: sorted by name, so the same on all ranks of a matrix."""
+    def __init__(self, params: list[tuple[MainParam, Scaling]], settings: MuonSettings, mesh: Mesh | None) -> None:
         self._settings = settings
-        ordered = sorted(params, key=lambda item: item[0].meta.name)
-        self._momentum = {param.meta.name: (param, torch.zeros_like(param.value)) for param, _ in ordered}
-        self._batches = list(self._plan(ordered))
+        self._params = {param.meta.name: (param, scaling) for param, scaling in params}
+        self._blocks = {param.meta.name: logical_blocks(param.meta, settings) for param, _ in params}
+        device = params[0][0].value.device if params else torch.device("cpu")
+        self._exchange = Exchange(mesh, device, settings.ns_dtype)
+        metas = [param.meta for param, _ in params]
+        costs = [newton_schulz_cost(m.shape, self._blocks[m.name]) for m in metas]
+        self.plan = make_plan(metas, costs, self._exchange.ranks)
+        self._exchange.check(self.plan)
+        self._momentum = {
+            a.meta.name: torch.zeros_like(self._params[a.meta.name][0].value)
+            for a in self.plan.assignments
+            if self._exchange.holds(a.home)
+        }
+        self._scales = {param.meta.name: self._scale(param) for param, _ in params}
 
-    def _plan(self, params: list[tuple[MainParam, Scaling]]) -> Iterable[_Batch]:
-        """Batches of at most ``BATCH_NUMEL`` elements; the same on every rank that holds the same parameters."""
-        alike: dict[tuple[object, ...], list[tuple[MainParam, Scaling]]] = {}
-        for param, scaling in params:
-            meta = param.meta
-            blocks = logical_blocks(meta, self._settings)
-            key = (meta.shape, blocks, scaling.lr, scaling.weight_decay)
-            alike.setdefault(key, []).append((param, scaling))
-        for members in alike.values():
-            first, scaling = members[0]
-            at_once = max(1, BATCH_NUMEL // first.meta.numel)
-            for start in range(0, len(members), at_once):
-                chosen = [param for param, _ in members[start : start + at_once]]
-                yield _Batch(
-                    params=chosen,
-                    momenta=[self._momentum[param.meta.name][1] for param in chosen],
-                    blocks=logical_blocks(first.meta, self._settings),
-                    lr=scaling.lr,
-                    weight_decay=scaling.weight_decay,
-                )
+    def _scale(self, param: MainParam) -> float | torch.Tensor:
+        """Factor on the orthonormal update of this shard: a number, or ``[rows, 1]`` where blocks differ."""
+        rows, columns = param.meta.shape
+        blocks, settings = self._blocks[param.meta.name], self._settings
+        factors = [
+            settings.extra_scale_factor * update_scale(settings.scale_mode, rows // b.period * b.size, columns)
+            for b in blocks
+        ]
+        if len(set(factors)) == 1:
+            return factors[0]
+        period = torch.cat([torch.full((b.size,), f) for b, f in zip(blocks, factors, strict=True)])
+        first, count = param.layout.offsets[0], param.layout.local_shape[0]
+        place = torch.arange(first, first + count) % blocks[0].period
+        return period[place][:, None].to(param.value.device)
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """One step at ``factor`` times the peak learning rates. Collective over the ranks that share a matrix."""
-        for batch in self._batches:
-            lr = batch.lr * factor
-            full = self._orthonormal(self._updates(batch), batch.blocks, -lr)
-            deltas = [param.layout.shard(full[i]) for i, param in enumerate(batch.params)]
-            values = [param.value for param in batch.params]
-            if batch.weight_decay:
-                torch._foreach_add_(deltas, values, alpha=-lr * batch.weight_decay)
-            torch._foreach_add_(values, deltas)
+        """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices.
 
-    def _updates(self, batch: _Batch) -> torch.Tensor:
-        """Advances the momenta and gathers the updates, ``[batch, out, in]`` in Newton-Schulz's precision."""
-        beta = self._settings.momentum
-        grads = [grad.to(momentum.dtype) for grad, momentum in zip(gradients(batch.params), batch.momenta, strict=True)]
-        torch._foreach_lerp_(batch.momenta, grads, 1 - beta)
-        updates = torch._foreach_lerp(grads, batch.momenta, beta) if self._settings.nesterov else batch.momenta
-        return torch.stack(
-            [
-                param.layout.gather(update.to(self._settings.ns_dtype))
-                for param, update in zip(batch.params, updates, strict=True)
-            ]
-        )
-
-    def _orthonormal(self, whole: torch.Tensor, blocks: tuple[Block, ...], rate: float) -> torch.Tensor:
-        """``rate`` x scale x orthonormal factor of each block: ``[batch, out, in]`` in fp32.
-
-        Blocks of one shape (key and value) go through Newton-Schulz together.
+        The exchange of the next chunk and of the last one's results runs beside the arithmetic of this one.
         """
+        chunks = self.plan.chunks
+        arriving = self._send(chunks[0]) if chunks else None
+        returning: Callable[[], None] | None = None
+        for number, chunk in enumerate(chunks):
+            whole = arriving()
+            if number + 1 < len(chunks):
+                arriving = self._send(chunks[number + 1])
+            results = self._exchange.from_homes(chunk, self._orthonormal(whole))
+            if returning is not None:
+                returning()
+            returning = partial(self._apply, results, factor)
+        if returning is not None:
+            returning()
+
+    def _send(self, chunk: Sequence[Assignment]) -> Callable[[], dict[str, torch.Tensor]]:
+        """Advances the momenta of a chunk and starts the updates on their way."""
+        beta = self._settings.momentum
+        names = [a.meta.name for a in chunk if self._exchange.holds(a.home)]
+        updates: dict[str, torch.Tensor] = {}
+        if names:
+            momenta = [self._momentum[name] for name in names]
+            grads = gradients([self._params[name][0] for name in names])
+            grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
+            torch._foreach_lerp_(momenta, grads, 1 - beta)
+            nesterov = self._settings.nesterov
+            updates = dict(zip(names, torch._foreach_lerp(grads, momenta, beta) if nesterov else momenta, strict=True))
+        return self._exchange.to_homes(chunk, updates)
+
+    def _apply(self, results: Callable[[], dict[str, torch.Tensor]], factor: float) -> None:
+        """Waits for orthonormal factors and updates the shards, each value rounded once."""
+        for name, ortho in results().items():
+            param, scaling = self._params[name]
+            rate = scaling.lr * factor
+            delta = ortho.to(torch.float32) * (self._scales[name] * -rate)
+            if scaling.weight_decay:
+                delta.add_(param.value, alpha=-rate * scaling.weight_decay)
+            param.value.add_(delta)
+
+    def _orthonormal(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Orthonormal factor of each block of whole matrices, by name; equal shapes go through together."""
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for name in sorted(whole):
+            alike.setdefault((whole[name].shape, self._blocks[name]), []).append(name)
+        out: dict[str, torch.Tensor] = {}
+        for (shape, blocks), names in alike.items():
+            at_once = max(1, BATCH_NUMEL // math.prod(shape))
+            for start in range(0, len(names), at_once):
+                chosen = names[start : start + at_once]
+                stacked = torch.stack([whole[name] for name in chosen])
+                out.update(zip(chosen, self._orthonormal_blocks(stacked, blocks).unbind(), strict=True))
+        return out
+
+    def _orthonormal_blocks(self, whole: torch.Tensor, blocks: tuple[Block, ...]) -> torch.Tensor:
+        """Orthonormal factor of each block of ``[batch, out, in]``; blocks of one shape (key and value) together."""
         settings = self._settings
+        if len(blocks) == 1:
+            return orthonormalize(whole, settings.num_ns_steps, settings.coefficients, settings.ns_dtype)
         batch, rows, columns = whole.shape
-        out = torch.empty_like(whole, dtype=torch.float32)
+        out = torch.empty_like(whole)
         sizes: dict[int, list[Block]] = {}
         for block in blocks:
             sizes.setdefault(rows // block.period * block.size, []).append(block)
         for height, equal in sizes.items():
-            parts = [take_block(whole, block).reshape(batch, height, columns) for block in equal]
-            matrices = parts[0] if len(parts) == 1 else torch.cat(parts)
-            ortho = orthonormalize(matrices, settings.num_ns_steps, settings.coefficients, settings.ns_dtype)
-            scale = rate * settings.extra_scale_factor * update_scale(settings.scale_mode, height, columns)
-            scale_fp32 = out.new_full((1, 1, 1, 1), scale)  # a tensor, so that a bf16 product is not rounded to bf16
+            parts = torch.cat([take_block(whole, block).reshape(batch, height, columns) for block in equal])
+            ortho = orthonormalize(parts, settings.num_ns_steps, settings.coefficients, settings.ns_dtype)
             for block, part in zip(equal, ortho.split(batch), strict=True):
                 target = take_block(out, block)
-                torch.mul(part.view(target.shape), scale_fp32, out=target)
+                target.copy_(part.view(target.shape))
         return out
 
     def state_tensors(self) -> dict[str, tuple[MainParam, torch.Tensor]]:
-        """Momentum, as ``momentum/<name>``: live tensors in storage layout."""
-        return {f"momentum/{name}": item for name, item in self._momentum.items()}
+        """Momentum, as ``momentum/<name>``: live tensors in storage layout, on the ranks of one replica."""
+        return {f"momentum/{name}": (self._params[name][0], value) for name, value in self._momentum.items()}

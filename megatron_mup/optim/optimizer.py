@@ -102,7 +102,7 @@ class Optimizer:
             raise ValueError(f"parameters given to the optimizer twice: {', '.join(twice)}")
         flags = config.optimizer
         self._adamw = AdamW(claimed["adam"], AdamWSettings(betas=(flags.adam_beta1, flags.adam_beta2)))
-        self._muon = Muon(claimed["muon"], muon_settings(flags, mesh.device))
+        self._muon = Muon(claimed["muon"], muon_settings(flags, mesh.device), mesh)
 
     def routing_table(self) -> list[RoutingRow]:
         """One row for each parameter of this rank, in the order given."""

@@ -28,7 +28,7 @@ class Mesh:
 
     world: DeviceMesh
     device: torch.device
-    _joint: dict[tuple[str, ...], dist.ProcessGroup]
+    _joint: dict[str, dist.ProcessGroup]
 
     @classmethod
     def build(cls, config: Config, device: torch.device) -> Mesh:
@@ -42,15 +42,13 @@ class Mesh:
             shard = data // replicate
         grid = rank_grid(parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size, replicate, shard)
         world = DeviceMesh(device.type, grid, mesh_dim_names=AXES)
-        joint = {
-            axes: dist.new_subgroups_by_enumeration(_rows(grid, axes))[0]
-            for axes in (("dp_replicate", "dp_shard"), ("pp", "dp_replicate", "dp_shard"))
-        }
+        joint = {"loss": dist.new_subgroups_by_enumeration(_rows(grid, ("pp", "dp_replicate", "dp_shard")))[0]}
+        joint["matrix"] = dist.new_subgroups_by_enumeration(_rows(grid, ("tp", "dp_replicate", "dp_shard")))[0]
         stages = grid.shape[0]
         if stages > 1:
             # Ranks in between get None: they hold no copy of a tied embedding.
             ends = _rows(grid[[0, stages - 1]], ("pp",))
-            joint["embedding",] = dist.new_subgroups_by_enumeration(ends)[0]
+            joint["embedding"] = dist.new_subgroups_by_enumeration(ends)[0]
         return cls(world, device, joint)
 
     def size(self, axis: str) -> int:
@@ -66,19 +64,27 @@ class Mesh:
         return self.world.get_group(axis)
 
     @property
-    def data_group(self) -> dist.ProcessGroup:
-        """The data-parallel ranks of this rank's tensor shard and stage."""
-        return self._joint["dp_replicate", "dp_shard"]
+    def loss_group(self) -> dist.ProcessGroup:
+        """The ranks of every stage and data-parallel place with this tensor shard: a sum counts each token once."""
+        return self._joint["loss"]
 
     @property
-    def loss_group(self) -> dist.ProcessGroup:
-        """The ranks of every stage and data-parallel place with this tensor shard: sums over it count each token once."""
-        return self._joint["pp", "dp_replicate", "dp_shard"]
+    def matrix_group(self) -> dist.ProcessGroup:
+        """The ranks that share shards or copies of this stage's matrices: tensor and data axes."""
+        return self._joint["matrix"]
+
+    def matrix_places(self) -> list[tuple[int, int, int]]:
+        """Tensor, replica and shard coordinate of each rank of `matrix_group`, in the group's order."""
+        places = []
+        for rank in dist.get_process_group_ranks(self.matrix_group):
+            _, tp, replicate, shard = (self.world.mesh == rank).nonzero()[0].tolist()
+            places.append((tp, replicate, shard))
+        return places
 
     @property
     def embedding_group(self) -> dist.ProcessGroup:
         """The ranks of the first and the last stage that share a tied embedding."""
-        return self._joint["embedding",]
+        return self._joint["embedding"]
 
     @property
     def tp(self) -> TensorAxis:
@@ -122,7 +128,7 @@ class TensorAxis:
     size: int
 
     def local(self, length: int) -> tuple[int, int]:
-        """Offset and length of this rank's share of a dimension: chunks of ``ceil(length / size)``, the last shorter."""
+        """Offset and length of this rank's share of a dimension: ``ceil(length / size)``, the last ones less."""
         chunk = -(-length // self.size)
         start = min(self.rank * chunk, length)
         return start, min(chunk, length - start)

@@ -66,4 +66,5 @@ def _run(config: Config, device: torch.device, launch: Launch) -> int:
     trainer = Trainer(config, vocab_size, Mesh.build(config, device))
     if launch.rank == 0:
         print(format_table(table_rows(parameter_metas(config, vocab_size), config), config))
-    return trainer.train()
+    with trainer:
+        return trainer.train()

@@ -102,7 +102,6 @@ class Trainer:
                 if training.eval_interval and not evaluated:
                     self._evaluate(metrics)
             self._save(metrics)
-        self.close()
         return exit_code
 
     def _is_due(self, interval: int | None) -> bool:
@@ -116,7 +115,11 @@ class Trainer:
         with metrics.pause("checkpoint"):
             self.checkpointer.save(self.progress)
 
-    def close(self) -> None:
+    def __enter__(self) -> Trainer:
+        """The trainer itself."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         """Stops the data loaders."""
         for loader in (self.train_data, self.valid_data):
             if loader is not None:

@@ -35,8 +35,7 @@ def numbers(optimizer: str = "muon", lr: float = 0.02, weight_decay: float = 0.1
 
 def alone(facts: ParamMeta, value: torch.Tensor) -> MainParam:
     """The whole parameter on one rank."""
-    offsets = (0,) * len(facts.shape)
-    return MainParam(facts, Layout(facts.shape, offsets, facts.shape, None, ()), value.clone())
+    return MainParam(facts, Layout.alone(facts), value.clone())
 
 
 def shard_of(facts: ParamMeta, value: torch.Tensor, mesh: Mesh) -> MainParam:

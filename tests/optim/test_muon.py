@@ -25,7 +25,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def ours(settings: MuonSettings, steps: int, lr: float, decay: float, factor: float = 1.0) -> list[torch.Tensor]:
     params = [alone(meta(f"w{i}", Role.MLP_OUT, tuple(w.shape)), w) for i, w in enumerate(weights())]
-    optimizer = Muon([(param, numbers(lr=lr, weight_decay=decay)) for param in params], settings)
+    optimizer = Muon([(param, numbers(lr=lr, weight_decay=decay)) for param in params], settings, None)
     for step in range(steps):
         for param, grad in zip(params, weights(100 + step), strict=True):
             param.grad = grad
@@ -106,7 +106,7 @@ def test_blocks_are_orthonormalized_apart(role, blocks, period, split):
     param = alone(meta("fused", role, shape, blocks=blocks), torch.zeros(shape))
     param.grad = grad
     settings = MuonSettings(split_qkv=split, split_fc1=split, extra_scale_factor=0.5)
-    Muon([(param, numbers(lr=1.0, weight_decay=0.0))], settings).step(1.0)
+    Muon([(param, numbers(lr=1.0, weight_decay=0.0))], settings, None).step(1.0)
     row = torch.arange(24) % period
     masks = [(row >= b.start) & (row < b.start + b.size) for b in blocks] if split else [row >= 0]
     for mask in masks:
@@ -128,7 +128,7 @@ def test_bf16_parameters_keep_bf16_momentum_and_round_once():
     grad = torch.randn(8, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
     param = alone(meta("w", Role.MLP_OUT, (8, 24)), value)
     param.grad = grad.clone()
-    optimizer = Muon([(param, numbers(lr=0.1, weight_decay=0.5))], MuonSettings(ns_dtype=torch.bfloat16))
+    optimizer = Muon([(param, numbers(lr=0.1, weight_decay=0.5))], MuonSettings(ns_dtype=torch.bfloat16), None)
     optimizer.step(1.0)
     (_, momentum), *_ = optimizer.state_tensors().values()
     assert momentum.dtype is param.value.dtype is torch.bfloat16
@@ -141,4 +141,4 @@ def test_bf16_parameters_keep_bf16_momentum_and_round_once():
 def test_missing_gradient_is_named():
     param = alone(meta("layers.0.fc2", Role.MLP_OUT, (4, 4)), torch.zeros(4, 4))
     with pytest.raises(RuntimeError, match=r"layers\.0\.fc2"):
-        Muon([(param, numbers())], MuonSettings()).step(1.0)
+        Muon([(param, numbers())], MuonSettings(), None).step(1.0)

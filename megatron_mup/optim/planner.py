@@ -1,0 +1,96 @@
+"""Where each matrix is orthonormalized: storage layout and compute layout are separate things.
+
+The plan is a pure function of names, shapes and mesh sizes, so every rank makes the same one without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_mup.parametrization.meta import Block, ParamMeta
+
+CHUNK_ELEMENTS = 1 << 25
+"""Elements that one rank exchanges at once; the exchange of a chunk runs beside the arithmetic of another."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A matrix and the rank that orthonormalizes it.
+
+    Attributes:
+        meta: the matrix.
+        home: rank in the domain.
+        cost: of its Newton-Schulz iteration, in multiply-adds.
+    """
+
+    meta: ParamMeta
+    home: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All matrices of a domain, in chunks that are exchanged and computed one after the other.
+
+    Attributes:
+        ranks: ranks of the domain: those that hold shards or copies of the same matrices.
+        chunks: each matrix in one of them.
+    """
+
+    ranks: int
+    chunks: tuple[tuple[Assignment, ...], ...]
+
+    @property
+    def assignments(self) -> list[Assignment]:
+        """All of them, in order of work."""
+        return [assignment for chunk in self.chunks for assignment in chunk]
+
+    def loads(self) -> list[float]:
+        """Cost by rank."""
+        loads = [0.0] * self.ranks
+        for assignment in self.assignments:
+            loads[assignment.home] += assignment.cost
+        return loads
+
+    def digest(self) -> int:
+        """63 bits that differ between plans; ranks compare them at the start."""
+        text = repr([(a.meta.name, a.meta.shape, a.home) for chunk in self.chunks for a in chunk] + [self.ranks])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def newton_schulz_cost(shape: tuple[int, ...], blocks: Sequence[Block]) -> float:
+    """Multiply-adds of one step over a tensor's logical matrices: ``2 n^2 m + n^3`` each, n the short side."""
+    rows, columns = shape
+    cost = 0.0
+    for block in blocks:
+        short, long = sorted((rows // block.period * block.size, columns))
+        cost += 2.0 * short**2 * long + short**3
+    return cost
+
+
+def make_plan(metas: Sequence[ParamMeta], costs: Sequence[float], ranks: int) -> Plan:
+    """Deals matrices out over the ranks of a domain, longest processing time first, over all shapes together.
+
+    Args:
+        metas: the matrices, the same on every rank of the domain.
+        costs: of each.
+        ranks: size of the domain.
+    """
+    order = sorted(range(len(metas)), key=lambda i: (-costs[i], metas[i].name))
+    loads = [0.0] * ranks
+    dealt: list[list[Assignment]] = [[] for _ in range(ranks)]
+    for index in order:
+        home = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[home] += costs[index]
+        dealt[home].append(Assignment(metas[index], home, costs[index]))
+    # A rank alone exchanges nothing and needs no chunks.
+    number = 1 if ranks == 1 else max(1, round(sum(m.numel for m in metas) / ranks / CHUNK_ELEMENTS))
+    chunks: list[list[Assignment]] = [[] for _ in range(number)]
+    for mine in dealt:
+        done, total = 0.0, sum(a.cost for a in mine)
+        for assignment in mine:
+            chunks[min(number - 1, int(number * done / total))].append(assignment)
+            done += assignment.cost
+    return Plan(ranks, tuple(tuple(chunk) for chunk in chunks if chunk))
