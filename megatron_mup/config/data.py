@@ -41,4 +41,4 @@ class DataConfig:
     dataloader_type: Literal["single", "cyclic"] = "single"
     """single: one pass in index order; cyclic: reshuffled each epoch."""
     num_workers: int = 2
-    """Loader processes per rank; 0 loads in the training process."""
+    """Loading threads per rank; 0 loads between steps."""

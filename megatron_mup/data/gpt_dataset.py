@@ -82,6 +82,7 @@ def build_indices(
         ``document_index`` [epochs * (last - first)] int32; ``sample_index`` [samples + 1, 2], rows (position in
         ``document_index``, token offset); ``shuffle_index`` [samples].
     """
+    lengths = np.array(lengths)  # the array in the .idx is not aligned, which slows every access
     per_epoch = count_tokens(lengths, first, last)
     epochs = num_epochs(num_samples, per_epoch, seq_length)
     total = (epochs * per_epoch - 1) // seq_length
@@ -93,20 +94,22 @@ def build_indices(
         before = sans_final if separate else total
     random = np.random.RandomState(seed)
 
-    documents = np.arange(first, last, dtype=np.int32)
+    # Shuffled as int64, for which NumPy's shuffle is a third faster; the permutation is that of any other type.
+    documents = np.arange(first, last, dtype=np.int64)
     document_parts = [np.tile(documents, count) for count in ((epochs - 1, 1) if separate else (epochs,))]
     for part in document_parts:
         random.shuffle(part)
-    document_index = np.concatenate(document_parts)
+    document_index = np.concatenate(document_parts, dtype=np.int32, casting="same_kind")
+    del document_parts
 
     dtype = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
-    shuffle_index = np.arange(total, dtype=dtype)
+    shuffle_index = np.arange(total, dtype=np.int64)
     random.shuffle(shuffle_index[:before])
     random.shuffle(shuffle_index[before:])
     return {
         "document_index": document_index,
         "sample_index": build_sample_index(lengths, document_index, total, seq_length),
-        "shuffle_index": shuffle_index,
+        "shuffle_index": shuffle_index.astype(dtype, copy=False),
     }
 
 
