@@ -102,14 +102,21 @@ class Checkpointer:
             return Progress()
         if with_optimizer:
             self.step.optimizer.load_state_scalars(manifest.optimizer)
-        if not flags.override_opt_param_scheduler:
-            differences = compare_configs(manifest.config, self.config, "schedule")
-            if differences:
-                raise ConfigError(
-                    f"--load {path}",
-                    f"the schedule is another: {told_differences(differences)}",
-                    "give the same flags, or --override-opt-param-scheduler to go on with the new ones",
-                )
+        # Flags that change what the model computes, but no shape: the tensors fit, the run wouldn't be the same.
+        differences = compare_configs(manifest.config, self.config, "architecture")
+        if differences:
+            raise ConfigError(
+                f"--load {path}",
+                f"a checkpoint of another architecture: {told_differences(differences)}",
+                "use the checkpoint's flags, or --finetune to start a new run from its weights",
+            )
+        differences = compare_configs(manifest.config, self.config, "schedule")
+        if differences and not flags.override_opt_param_scheduler:
+            raise ConfigError(
+                f"--load {path}",
+                f"the schedule is another: {told_differences(differences)}",
+                "give the same flags, or --override-opt-param-scheduler to go on with the new ones",
+            )
         if not flags.no_load_rng:
             load_rng(path, layout_sizes(self.mesh))
         progress = Progress(manifest.iteration, manifest.consumed_samples)

@@ -146,7 +146,7 @@ class ProgressBar(Console):
 
     def message(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leaves the bar as it is and gives the terminal back."""

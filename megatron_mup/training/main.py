@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,15 +32,16 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_CONFIG
     if done:
         return 0
-    device = init_process_group(config, launch)
     try:
+        device = init_process_group(config, launch)
         return _run(config, device, launch)
     except ConfigError as error:
-        # Data and checkpoints may fail on one rank alone, so each says so.
+        # Devices, data and checkpoints may fail on one rank alone, so each says so.
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr)
         return EXIT_CONFIG
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _configure(argv: Sequence[str], launch: Launch) -> tuple[Config, bool]:
@@ -60,6 +62,9 @@ def _configure(argv: Sequence[str], launch: Launch) -> tuple[Config, bool]:
 
 
 def _run(config: Config, device: torch.device, launch: Launch) -> int:
+    if config.training.deterministic_mode:
+        # Without a fixed workspace PyTorch refuses every cuBLAS product in this mode.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.training.deterministic_mode)
     vocab_size = config.model.vocab_size
     assert vocab_size is not None

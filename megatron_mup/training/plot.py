@@ -54,17 +54,18 @@ def loss_curve(metrics_file: str, png: str, title: str) -> None:
     axes.legend(frameon=False)
     right = axes.twinx()
     right.set_ylim(axes.get_ylim())
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{math.exp(value):.3g}"))
+    right.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{math.exp(value):,.0f}" if value > math.log(100) else f"{math.exp(value):.3g}")
+    )
     right.set_ylabel("perplexity")
     os.makedirs(os.path.dirname(png) or ".", exist_ok=True)
     figure.savefig(png)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Exponential moving average over about 3 % of the points, free of a pull towards the start."""
-    decay = 1 - 1 / max(1.0, 0.03 * len(values))
-    result, total, weight = np.empty_like(values), 0.0, 0.0
+    """Moving average; its window grows from one point to 3 % of all, so that it follows a steep start."""
+    result, average = np.empty_like(values), 0.0
     for index, value in enumerate(values):
-        total, weight = decay * total + value, decay * weight + 1
-        result[index] = total / weight
+        average += (value - average) / (1 + min(0.03 * len(values), 0.1 * index))
+        result[index] = average
     return result

@@ -10,8 +10,11 @@ from megatron_mup.config import Config, ConfigError
 from megatron_mup.data.loader import BatchLoader, build_datasets
 from megatron_mup.data.tokenizer import build_tokenizer
 from megatron_mup.models.build import build_model
+from megatron_mup.models.gpt import parameter_metas
+from megatron_mup.optim.optimizer import learning_rate_class
 from megatron_mup.optim.schedule import LRSchedule
 from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.parametrization.table import scaling
 from megatron_mup.training.batch_size import BatchSizeRamp
 from megatron_mup.training.checkpointing import Checkpointer, Progress
 from megatron_mup.training.forward_backward import Batch
@@ -73,6 +76,9 @@ class Trainer:
         self.schedule = LRSchedule.from_config(config, self.ramp.full)
         self.train_data, self.valid_data = self._loaders()
         self.step = TrainStep(build_model(config, vocab_size, mesh), config, mesh)
+        # Of all stages: the rank that logs holds one.
+        metas = parameter_metas(config, vocab_size)
+        self.peak_rates = {learning_rate_class(meta): scaling(meta, config).lr for meta in metas}
         self.checkpointer = Checkpointer(config, vocab_size, mesh, self.step)
         self.progress = self.checkpointer.resume_or_initialise()
 
@@ -92,7 +98,7 @@ class Trainer:
                     self._evaluate(metrics)
                 if self._is_due(config.checkpoint.save_interval):
                     self._save(metrics)
-                if reason := stop.agreed():
+                if (reason := stop.agreed()) and done < self.length.iterations:
                     metrics.message(f"stopping after iteration {done}: {reason}")
                     exit_code = EXIT_STOPPED
                     break
@@ -140,7 +146,7 @@ class Trainer:
             consumed_samples=self.progress.consumed_samples,
             loss=result.loss,
             grad_norm=result.grad_norm,
-            learning_rates=self.step.optimizer.learning_rates(factor),
+            learning_rates={name: peak * factor for name, peak in self.peak_rates.items()},
             batch_size=size,
             tokens=size * self.config.training.seq_length,
         )

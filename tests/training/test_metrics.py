@@ -250,8 +250,9 @@ def test_another_rank_may_log(tmp_path, capsys):
 
 def test_error_closes_without_asking_the_device(tmp_path):
     meta = torch.device("meta")
-    with pytest.raises(KeyError), make(tmp_path, device=meta) as metrics:
-        step(metrics, 1, device=meta)
+    metrics = make(tmp_path, device=meta)
+    step(metrics, 1, device=meta)
+    with pytest.raises(KeyError), metrics:
         raise KeyError
     assert metrics._sinks[0]._file.closed
 
