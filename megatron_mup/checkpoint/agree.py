@@ -42,7 +42,7 @@ def on_first(action: Callable[[], T], group: Group) -> T:
         dist.broadcast_object_list(result, src=dist.get_global_rank(group, 0) if group else 0, group=group)
     value, error = result[0]
     raise_first([error])
-    return value
+    return value  # type: ignore[no-any-return]
 
 
 def raise_first(errors: list[Exception | None]) -> None:

@@ -15,10 +15,10 @@ FILE = "rng.pt"
 def rng_state() -> dict[str, Any]:
     """States of Python's, NumPy's, PyTorch's and the current CUDA device's generators, of plain types and tensors."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python": [version, torch.tensor(words), gauss],
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -44,4 +44,5 @@ def write_states(folder: Path, states: list[dict[str, Any]]) -> None:
 
 def read_state(folder: Path, rank: int) -> dict[str, Any]:
     """The state of one rank."""
-    return torch.load(folder / FILE, map_location="cpu", weights_only=True)[rank]
+    states: list[dict[str, Any]] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+    return states[rank]

@@ -42,7 +42,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp4": (4, FSDP),
     "hsdp2x2": (4, {**FSDP, "num_distributed_optimizer_instances": 2}),
     "tp2-fsdp2": (4, {**FSDP, "tensor_model_parallel_size": 2}),
-    "tp2-dp2": (4, {"tensor_model_parallel_size": 2}),
     "pp2-fsdp2": (4, {**FSDP, **PP}),
     "tp2-pp2": (4, {**PP, "tensor_model_parallel_size": 2}),
 }

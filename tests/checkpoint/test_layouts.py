@@ -23,9 +23,12 @@ def saved(pool, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loads_from_every_layout(pool, saved, layout):
-    for rank, found in enumerate(pool.run(LAYOUTS[layout][0], load_all, layout, saved, 7)):
-        assert found == {name: [] for name in LAYOUTS}, f"rank {rank}"
+def test_loads_from_other_layouts(pool, saved, layout):
+    # Every second pair: each layout is loaded from half of the others, and the one rank from all.
+    names = list(LAYOUTS)
+    chosen = {n: p for n, p in saved.items() if layout == "one" or (names.index(n) + names.index(layout)) % 2}
+    for rank, found in enumerate(pool.run(LAYOUTS[layout][0], load_all, layout, chosen, 7)):
+        assert found == {name: [] for name in chosen}, f"rank {rank}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -45,6 +48,7 @@ def test_each_element_is_written_once(saved, layout):
     assert payload < elements + 2500 * shards
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_plain_dcp_reads_it(saved):
     shapes = {key: tensor.size for key, tensor in read_metadata(Path(saved["tp2-pp2"])).state_dict_metadata.items()}
     state = {key: torch.empty(size) for key, size in shapes.items()}
