@@ -10,12 +10,15 @@ from typing import Literal
 class OptimizerConfig:
     """Optimizer."""
 
-    optimizer: Literal["adam", "muon"] = "adam"
-    """adam: AdamW for everything; muon: Muon for the hidden matrices, AdamW for the rest."""
+    optimizer: Literal["adam", "muon", "normuon", "muonsphere", "spectral_sphere", "scion"] = "adam"
+    """adam: AdamW for everything; the others for the hidden matrices (scion: embedding and output layer too), with
+    --scalar-optimizer for the rest."""
+    scalar_optimizer: Literal["adam", "lion", "adam_atan2", "ademamix"] = "adam"
+    """What trains the parameters that a matrix optimizer leaves. adam: AdamW."""
     lr: float = 3e-4
-    """Peak learning rate of AdamW at base size; the parametrization scales it per parameter."""
+    """Peak learning rate of AdamW (or --scalar-optimizer) at base size; the parametrization scales it per parameter."""
     muon_lr: float | None = None
-    """Peak learning rate of Muon's matrices at base size. Default: --lr."""
+    """Peak learning rate of the matrix optimizer at base size. Default: --lr."""
     decoupled_lr: float | None = None
     """Peak learning rate of the embedding and the output layer at base size. Default: --lr."""
     min_lr: float = 0.0
@@ -34,23 +37,57 @@ class OptimizerConfig:
     """Decay of AdamW's second moment."""
     adam_eps: float = 1e-8
     """AdamW's epsilon at base size; the parametrization scales it per parameter."""
-    muon_momentum: float = 0.95
-    """Decay of Muon's momentum."""
+    lion_beta1: float = 0.9
+    """Share of the momentum in Lion's step."""
+    lion_beta2: float = 0.99
+    """Decay of Lion's momentum."""
+    ademamix_beta3: float = 0.9999
+    """Decay of AdEMAMix's slow average."""
+    ademamix_alpha: float = 8.0
+    """Weight of AdEMAMix's slow average."""
+    ademamix_warmup_iters: int | None = None
+    """Iterations over which the two above grow to their values. Default: all of the run."""
+    muon_momentum: float | None = None
+    """Decay of the matrix optimizer's momentum. Default: 0.95 for muon and normuon, 0.9 for the others."""
+    muon_momentum_style: Literal["ema", "sum"] = "ema"
+    """ema: M = beta M + (1 - beta) G; sum: M = beta M + G. The steps are the same; the saved momentum is not."""
     muon_nesterov: bool = True
-    """Nesterov form of Muon's momentum."""
+    """Nesterov form of the matrix optimizer's momentum; scion has none."""
     muon_scale_mode: Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms_adamw"] = "unit_rms_norm"
     """Factor on Muon's orthonormal update of an [out, in] matrix: sqrt(out/in); sqrt(max(out, in));
     sqrt(max(1, out/in)); 0.2 sqrt(max(out, in))."""
     muon_extra_scale_factor: float = 1.0
     """Another factor on Muon's update."""
-    muon_num_ns_steps: int = 5
-    """Newton-Schulz steps."""
+    muon_num_ns_steps: int | None = None
+    """Newton-Schulz steps. Default: 5; 8 for muonsphere and spectral_sphere."""
+    muon_coefficient_type: Literal["quintic", "simple", "jordan", "polar_express"] | None = None
+    """Newton-Schulz coefficients: quintic (YouJiacheng's), simple and jordan (Keller Jordan's), polar_express
+    (arXiv 2505.16932). Default: quintic; polar_express for muonsphere and spectral_sphere."""
     muon_split_qkv: bool = True
     """Orthonormalize query, key and value apart, each over all its heads."""
     muon_split_fc1: bool = True
     """Orthonormalize gate and up apart."""
     muon_ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of Newton-Schulz. auto: bf16 on a GPU, fp32 on a CPU."""
+    normuon_beta2: float = 0.95
+    """Decay of NorMuon's row variances."""
+    sphere_radius: float = 1.0
+    """Factor c of the spectral norm c sqrt(out/in) that muonsphere and spectral_sphere give each matrix."""
+    sphere_retraction: Literal["hard", "dynamic"] = "hard"
+    """How matrices return to the sphere before each step. hard: W R / sigma; dynamic: W (1 + wd lr sign(R - sigma))
+    with the weight decay wd."""
+    sphere_solver_steps: int = 8
+    """Evaluations in spectral_sphere's search for the tangent direction."""
+    scion_constrained: bool = True
+    """Keep scion's weights inside their balls: W = (1 - lr) W before each step."""
+    scion_radius: float = 50.0
+    """Radius of hidden matrices under scion, in the norm sqrt(in/out) ||W||_2."""
+    scion_output_radius: float = 3000.0
+    """Radius of the output layer (or tied embedding) under scion, in the norm hidden size * max |W|."""
+    scion_embedding_radius: float = 1.0
+    """Radius of an untied embedding under scion: the root mean square of a token's vector."""
+    print_optimizer_plan: bool = False
+    """Print which rank orthonormalizes which matrix, and how evenly the work is dealt."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -255,6 +255,22 @@ def check_parametrization(config: Config) -> None:
         raise _contradiction(config, "softmax_scale", "mup_attention_mult", "--softmax-scale is the whole factor")
 
 
+def check_optimizer(config: Config) -> None:
+    """Optimizers where their rules are known."""
+    flags = config.optimizer
+    if flags.optimizer == "scion" and config.parametrization.parametrization != "standard":
+        raise ConfigError(
+            told(config, "optimizer", "parametrization"),
+            "Scion's norms follow width by themselves; the scheme's factor on the logits would count it twice",
+            "use --parametrization standard with scion; its learning rate carries over between widths as it is",
+        )
+    sphere = flags.optimizer in ("muonsphere", "spectral_sphere")
+    if sphere and flags.sphere_retraction == "dynamic" and flags.weight_decay == 0:
+        raise _contradiction(
+            config, "sphere_retraction", "weight_decay", "dynamic retraction is as strong as the weight decay"
+        )
+
+
 def check_kernels(config: Config) -> None:
     """Attention kernels and what they lack."""
     backend, dropout = config.training.attention_backend, config.model.attention_dropout

@@ -82,7 +82,7 @@ def resolved(config: Config, world_size: int) -> dict[str, dict[str, Any]]:
         fill["model"]["max_position_embeddings"] = config.training.seq_length
     if model.untie_embeddings_and_output_weights:
         fill["model"]["output_layer_init_method_std"] = model.init_method_std
-    if optimizer.optimizer == "muon":
+    if optimizer.optimizer != "adam":
         fill["optimizer"]["muon_lr"] = optimizer.lr
     if config.schedule.lr_decay_style != "constant":
         fill["schedule"] = {

@@ -52,7 +52,26 @@ def _model(config: Config) -> Iterable[tuple[list[str], bool, str]]:
 
 def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     optimizer, schedule = config.optimizer, config.schedule
-    yield _names("muon_"), optimizer.optimizer != "muon", f"the optimizer is {optimizer.optimizer}"
+    name = f"the optimizer is {optimizer.optimizer}"
+    matrix_only = [*_names("muon_"), "scalar_optimizer", "print_optimizer_plan"]
+    yield matrix_only, optimizer.optimizer == "adam", name
+    yield ["muon_scale_mode", "muon_extra_scale_factor"], optimizer.optimizer not in ("muon", "normuon"), name
+    yield ["muon_nesterov"], optimizer.optimizer == "scion", name
+    yield _names("normuon_"), optimizer.optimizer != "normuon", name
+    yield _names("sphere_"), optimizer.optimizer not in ("muonsphere", "spectral_sphere"), name
+    yield ["sphere_solver_steps"], optimizer.optimizer == "muonsphere", name
+    yield _names("scion_"), optimizer.optimizer != "scion", name
+    decay = ["weight_decay", "weight_decay_rule", "decay_embeddings", "decay_output_layer"]
+    yield decay, optimizer.optimizer == "scion", "scion's balls take the place of weight decay"
+    tied = not config.model.untie_embeddings_and_output_weights
+    no_table = tied and config.model.position_embedding_type != "learned_absolute"
+    yield ["scion_embedding_radius"], no_table, "the embedding is tied to the output layer; --scion-output-radius rules"
+    rest = "adam" if optimizer.optimizer == "adam" else optimizer.scalar_optimizer
+    spared = f"what is no hidden matrix is trained by {rest}"
+    yield _names("lion_"), rest != "lion", spared
+    yield _names("ademamix_"), rest != "ademamix", spared
+    yield ["adam_beta1", "adam_beta2"], rest == "lion", spared
+    yield ["adam_eps"], rest in ("lion", "adam_atan2"), spared
     yield ["muon_split_fc1"], not config.model.swiglu, "without --swiglu there is no gate to split off"
     style = f"the schedule is {schedule.lr_decay_style}"
     yield _names("lr_wsd_"), schedule.lr_decay_style not in ("WSD", "power"), style

@@ -29,6 +29,7 @@ def validate(config: Config, world_size: int, explicit: Iterable[str] = ()) -> l
     rules.check_spellings(config, given)
     rules.check_model(config)
     rules.check_parametrization(config)
+    rules.check_optimizer(config)
     rules.check_layout(config, world_size)
     rules.check_batch(config, world_size)
     rules.check_schedule(config)

@@ -19,7 +19,9 @@ def drop(
         sample: int64, broadcasts to ``x``: running number of the sample that each element belongs to.
         index: int64, broadcasts to ``x``: number of each element within its sample.
     """
-    keep = hash_u32(hash_u64(key, sample), index) >= int(probability * 2**32)
+    # Each sample counts on from a place of its own. Added to a loaded number, the index is data to torch.compile, which
+    # otherwise works out the hash of a bare counter in unbounded integers and fails.
+    keep = hash_u32(key, hash_u64(key, sample) + index) >= int(probability * 2**32)
     return torch.where(keep, x / (1 - probability), 0)
 
 

@@ -43,7 +43,7 @@ class Exchange:
         Raises:
             RuntimeError: ranks made different plans, so their matrices or settings differ.
         """
-        if self.ranks == 1:
+        if self.ranks == 1 or not plan.chunks:
             return
         digest = torch.tensor([plan.digest(), -plan.digest()], device=self.device)
         dist.all_reduce(digest, op=dist.ReduceOp.MAX, group=self.group)
@@ -114,6 +114,34 @@ class Exchange:
                 for group, parts in zip(ordered, wait(), strict=True)
                 for assignment, part in zip(group, parts, strict=True)
             }
+
+        return finish
+
+    def tell(
+        self, chunk: Sequence[Assignment], sizes: Mapping[str, int], values: Shards
+    ) -> Callable[[], dict[str, torch.Tensor]]:
+        """Starts telling all ranks a few fp32 numbers about each matrix.
+
+        Args:
+            chunk: the matrices.
+            sizes: how many numbers, by name; nothing is exchanged where all are 0.
+            values: by name, those of the matrices that are at home here.
+
+        Returns:
+            A function that waits and gives the numbers of every matrix, flat, by name.
+        """
+        names = [a.meta.name for a in chunk]
+        counts = [sizes[name] for name in names]
+        # All but the home add zeros, which changes no bit.
+        flat = torch.cat(
+            [values[n].reshape(-1) if n in values else torch.zeros(sizes[n], device=self.device) for n in names]
+        )
+        work = dist.all_reduce(flat, group=self.group, async_op=True) if self.ranks > 1 and len(flat) else None
+
+        def finish() -> dict[str, torch.Tensor]:
+            if work is not None:
+                work.wait()
+            return dict(zip(names, flat.split(counts), strict=True))
 
         return finish
 

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from megatron_mup.config import Config, OptimizerConfig
-from megatron_mup.optim.adamw import AdamW, AdamWSettings
+from megatron_mup.config import Config
+from megatron_mup.optim.build import MATRIX_OPTIMIZERS, SCALAR_OPTIMIZERS, build_matrix, build_scalar, build_tables
 from megatron_mup.optim.clip import gradients
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.muon import Muon, MuonSettings
+from megatron_mup.optim.planner import describe
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import ParamMeta, Role
 from megatron_mup.parametrization.table import Scaling, scaling
 
 Rule = Callable[[ParamMeta, Scaling], bool]
 
+TABLES = (Role.EMBEDDING, Role.POSITION_EMBEDDING, Role.READOUT)
+
+
+def _is_scalar(name: str, _meta: ParamMeta, numbers: Scaling) -> bool:
+    return numbers.optimizer == name
+
+
+def _is_matrix(name: str, meta: ParamMeta, numbers: Scaling) -> bool:
+    return numbers.optimizer == name and meta.role.is_hidden_matrix and len(meta.shape) == 2
+
+
 RULES: Mapping[str, Rule] = {
-    "adam": lambda meta, numbers: numbers.optimizer == "adam",
-    "muon": lambda meta, numbers: numbers.optimizer == "muon" and meta.role.is_hidden_matrix and len(meta.shape) == 2,
+    **{name: partial(_is_scalar, name) for name in SCALAR_OPTIMIZERS},
+    **{name: partial(_is_matrix, name) for name in MATRIX_OPTIMIZERS},
+    "scion_tables": lambda meta, numbers: numbers.optimizer == "scion" and meta.role in TABLES,
 }
 """Which parameters an optimizer claims, given its logical facts and its row of the scaling table."""
 
@@ -60,23 +73,6 @@ def learning_rate_class(meta: ParamMeta) -> str:
     return f"final_{meta.role.value}" if outside else meta.role.value
 
 
-def muon_settings(config: OptimizerConfig, device: torch.device) -> MuonSettings:
-    """Muon's settings from the flags; ``--muon-ns-dtype auto`` is bf16 on a GPU and fp32 on a CPU."""
-    precision = config.muon_ns_dtype
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16"
-    return MuonSettings(
-        momentum=config.muon_momentum,
-        nesterov=config.muon_nesterov,
-        scale_mode=config.muon_scale_mode,
-        extra_scale_factor=config.muon_extra_scale_factor,
-        num_ns_steps=config.muon_num_ns_steps,
-        split_qkv=config.muon_split_qkv,
-        split_fc1=config.muon_split_fc1,
-        ns_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-    )
-
-
 class Optimizer:
     """All optimizers of this rank's parameters behind one step."""
 
@@ -101,24 +97,33 @@ class Optimizer:
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"parameters given to the optimizer twice: {', '.join(twice)}")
         flags = config.optimizer
-        self._adamw = AdamW(claimed["adam"], AdamWSettings(betas=(flags.adam_beta1, flags.adam_beta2)))
-        self._muon = Muon(claimed["muon"], muon_settings(flags, mesh.device), mesh)
+        matrix = flags.optimizer if flags.optimizer in MATRIX_OPTIMIZERS else "muon"
+        scalar = "adam" if flags.optimizer == "adam" else flags.scalar_optimizer
+        self._matrix = build_matrix(matrix, claimed[matrix], config, mesh)
+        self._scalar = build_scalar(scalar, claimed[scalar], config, mesh)
+        self._tables = build_tables(claimed["scion_tables"], config)
 
     def routing_table(self) -> list[RoutingRow]:
         """One row for each parameter of this rank, in the order given."""
         return list(self._rows)
 
+    def plan(self) -> str:
+        """Which rank orthonormalizes which matrix of this stage, as a table (``--print-optimizer-plan``)."""
+        settings = self._matrix.settings
+        return describe(self._matrix.plan, settings.num_ns_steps, settings.ns_dtype.itemsize)
+
     def step(self, factor: float) -> None:
         """One step at ``factor`` times the peak learning rates; gradients stay as they are.
 
-        Collective over the ranks that share Muon's matrices.
+        Collective over the ranks that share matrices.
 
         Raises:
             RuntimeError: a parameter that has no gradient; nothing has been updated then.
         """
         gradients(self._params)
-        self._muon.step(factor)
-        self._adamw.step(factor)
+        self._matrix.step(factor)
+        self._tables.step(factor)
+        self._scalar.step(factor)
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
@@ -126,20 +131,25 @@ class Optimizer:
             param.grad = None
 
     def state_tensors(self) -> dict[str, tuple[MainParam, torch.Tensor]]:
-        """State of every parameter by ``<kind>/<parameter>``: kinds ``exp_avg``, ``exp_avg_sq`` (AdamW), ``momentum``.
+        """State of every parameter by ``<kind>/<parameter>``: ``exp_avg``, ``momentum`` and so on.
 
-        The tensors are live shards in storage layout, allocated since construction: writing into them loads them. Keys
-        are the same on all ranks that hold the same parameters, empty shards included.
+        The tensors are live, allocated since construction: writing into them loads them. Most are shards in storage
+        layout, with the same keys on all ranks that hold the same parameters, empty shards included; for the others
+        see `MatrixOptimizer.state_tensors`. Each comes with its place in the global tensor.
         """
-        return {**self._adamw.state_tensors(), **self._muon.state_tensors()}
+        return {
+            **self._scalar.state_tensors(),
+            **self._tables.state_tensors(),
+            **self._matrix.state_tensors(),
+        }
 
     def state_scalars(self) -> dict[str, int]:
         """State that is one number for all parameters: ``step``, the steps taken."""
-        return {"step": self._adamw.steps_done}
+        return {"step": self._scalar.steps_done}
 
     def load_state_scalars(self, scalars: Mapping[str, int]) -> None:
         """Takes over what :meth:`state_scalars` gave."""
-        self._adamw.steps_done = scalars["step"]
+        self._scalar.steps_done = scalars["step"]
 
     def learning_rates(self, factor: float) -> dict[str, float]:
         """Learning rate of each class of this rank's parameters (see :func:`learning_rate_class`) for one step."""

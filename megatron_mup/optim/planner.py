@@ -94,3 +94,32 @@ def make_plan(metas: Sequence[ParamMeta], costs: Sequence[float], ranks: int) ->
             chunks[min(number - 1, int(number * done / total))].append(assignment)
             done += assignment.cost
     return Plan(ranks, tuple(tuple(chunk) for chunk in chunks if chunk))
+
+
+def describe(plan: Plan, steps: int, element_size: int) -> str:
+    """The plan as a table for people: each matrix with its home, and what each rank has to do.
+
+    Args:
+        plan: of one pipeline stage.
+        steps: Newton-Schulz steps in one optimizer step.
+        element_size: bytes per element of what travels.
+
+    Returns:
+        Lines. Bytes are those of the whole matrix, one way; FLOPs those of one orthonormalization by dense products.
+    """
+    width = max((len(a.meta.name) for a in plan.assignments), default=6)
+    lines = [f"{'matrix':{width}}  {'shape':>13}  chunk  home  {'MB':>8}  {'GFLOP':>10}"]
+    for number, chunk in enumerate(plan.chunks):
+        for a in chunk:
+            shape = "x".join(map(str, a.meta.shape))
+            moved, work = a.meta.numel * element_size / 1e6, 2e-9 * steps * a.cost
+            lines.append(f"{a.meta.name:{width}}  {shape:>13}  {number:>5}  {a.home:>4}  {moved:>8.3g}  {work:>10.3g}")
+    loads, bytes_at = plan.loads(), [0] * plan.ranks
+    for a in plan.assignments:
+        bytes_at[a.home] += a.meta.numel * element_size
+    for rank, (load, size) in enumerate(zip(loads, bytes_at, strict=True)):
+        lines.append(f"rank {rank}: {2e-9 * steps * load:.3g} GFLOP, {size / 1e6:.3g} MB")
+    mean = sum(loads) / plan.ranks
+    balance = f"{max(loads) / mean:.3f} times the mean" if mean else "idle"
+    lines.append(f"{len(plan.assignments)} matrices in {len(plan.chunks)} chunks; the busiest rank has {balance}")
+    return "\n".join(lines)

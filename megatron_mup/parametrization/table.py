@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_mup.config import Config, ConfigError
 from megatron_mup.parametrization.base import BaseSizes
@@ -42,15 +41,16 @@ class Scaling:
         init_std: standard deviation of the initial normal values; None: constants (norm gains 1, biases 0).
         multiplier: factor of :class:`ForwardMultipliers` on what the matrix puts out; 1 where there is none. For
             reading only: the model applies :class:`ForwardMultipliers`.
-        optimizer: which optimizer trains it.
+        optimizer: which optimizer trains it: a value of ``--optimizer`` or ``--scalar-optimizer``.
         lr: peak learning rate.
-        weight_decay: coefficient in PyTorch's convention, coupled to the learning rate: ``W *= 1 - lr * wd``.
-        eps: AdamW's epsilon; 0 under Muon, which has none.
+        weight_decay: coefficient in PyTorch's convention, coupled to the learning rate: ``W *= 1 - lr * wd``. On the
+            spectral sphere: strength of the dynamic retraction.
+        eps: AdamW's (or AdEMAMix's) epsilon; 0 under the others, which have none.
     """
 
     init_std: float | None
     multiplier: float
-    optimizer: Literal["adam", "muon"]
+    optimizer: str
     lr: float
     weight_decay: float
     eps: float
@@ -109,13 +109,15 @@ def scaling(meta: ParamMeta, config: Config) -> Scaling:
     row, r = scheme.rows[kind], ratios(config, meta.width_ratio)
     flags = config.optimizer
 
-    optimizer: Literal["adam", "muon"] = "muon" if kind is Kind.HIDDEN and flags.optimizer == "muon" else "adam"
+    optimizer = optimizer_of(kind, config)
     base_lr = flags.lr
     lr_width = row.lr_width(r)
-    if optimizer == "muon":
+    if optimizer == flags.optimizer != "adam":
         base_lr = flags.lr if flags.muon_lr is None else flags.muon_lr
-        lr_width = orthonormal_lr_factor(meta, config) if scheme.width else 1.0
-    elif kind in (Kind.INPUT, Kind.READOUT) and flags.decoupled_lr is not None:
+        follows = scheme.width and optimizer in ("muon", "normuon")
+        # On the sphere steps are relative to the radius, and Scion's to that of its balls: nothing is left to width.
+        lr_width = orthonormal_lr_factor(meta, config) if follows else 1.0
+    if kind in (Kind.INPUT, Kind.READOUT) and flags.decoupled_lr is not None:
         base_lr = flags.decoupled_lr
     lr = base_lr * lr_width * row.lr_depth(r)
 
@@ -124,9 +126,22 @@ def scaling(meta: ParamMeta, config: Config) -> Scaling:
         multiplier=_multiplier(meta.role, forward_multipliers(config)),
         optimizer=optimizer,
         lr=lr,
-        weight_decay=_weight_decay(kind, config, r, lr_width, lr),
-        eps=flags.adam_eps * row.eps(r) if optimizer == "adam" else 0.0,
+        weight_decay=_weight_decay(kind, optimizer, config, r, lr_width, lr),
+        eps=flags.adam_eps * row.eps(r) if optimizer in ("adam", "ademamix") else 0.0,
     )
+
+
+def optimizer_of(kind: Kind, config: Config) -> str:
+    """Which optimizer trains parameters of a kind.
+
+    Lion, Adam-atan2 and AdEMAMix follow AdamW's rows: their updates too are of order one in every entry, whatever the
+    gradient's size, which is all that the rows assume (Tensor Programs IVb, arXiv 2308.01814).
+    """
+    flags = config.optimizer
+    if flags.optimizer == "adam":
+        return "adam"
+    claimed = (Kind.HIDDEN, Kind.INPUT, Kind.READOUT) if flags.optimizer == "scion" else (Kind.HIDDEN,)
+    return flags.optimizer if kind in claimed else flags.scalar_optimizer
 
 
 def orthonormal_lr_factor(meta: ParamMeta, config: Config) -> float:
@@ -135,7 +150,7 @@ def orthonormal_lr_factor(meta: ParamMeta, config: Config) -> float:
     The spectral condition (arXiv 2310.17813) asks for steps of spectral norm ``sqrt(out/in)``. Muon's step has the
     norm ``g(out, in)`` that ``--muon-scale-mode`` names, so the factor is ``sqrt(out/in) / g`` over the same at base
     size: 1 for unit_rms_norm; ``1/sqrt(mw)`` for spectral and match_rms_adamw, and 1 for shape_scaling, as long as out
-    and in grow alike.
+    and in grow alike. NorMuon's step has Muon's Frobenius norm and takes the same factor.
 
     A fused tensor has one learning rate but is orthonormalized block by block. Its blocks all grow by the tensor's own
     ratios, so they agree, unless out and in grow differently and some blocks are wide and others tall (grouped-query
@@ -192,7 +207,7 @@ def _multiplier(role: Role, forward: ForwardMultipliers) -> float:
     }.get(role, 1.0)
 
 
-def _weight_decay(kind: Kind, config: Config, r: Ratios, lr_width: float, lr: float) -> float:
+def _weight_decay(kind: Kind, optimizer: str, config: Config, r: Ratios, lr_width: float, lr: float) -> float:
     """Coefficient in PyTorch's convention.
 
     The base learning rate that ``independent`` refers to is that of the parameter's own class (``--lr``,
@@ -201,6 +216,10 @@ def _weight_decay(kind: Kind, config: Config, r: Ratios, lr_width: float, lr: fl
     either alpha, hence at alpha = 1/2 learning rate x decay falls with depth as ``m_L^-1/2``.
     """
     flags = config.optimizer
+    if optimizer == "scion":
+        return 1.0 if flags.scion_constrained else 0.0
+    if optimizer in ("muonsphere", "spectral_sphere"):
+        return flags.weight_decay if flags.sphere_retraction == "dynamic" else 0.0
     decays = {
         Kind.INPUT: flags.decay_embeddings,
         Kind.HIDDEN: True,

@@ -71,5 +71,7 @@ def _run(config: Config, device: torch.device, launch: Launch) -> int:
     trainer = Trainer(config, vocab_size, Mesh.build(config, device))
     if launch.rank == 0:
         print(format_table(table_rows(parameter_metas(config, vocab_size), config), config))
+        if config.optimizer.print_optimizer_plan:
+            print(trainer.step.optimizer.plan())
     with trainer:
         return trainer.train()

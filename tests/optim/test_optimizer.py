@@ -8,9 +8,10 @@ import torch
 from optim_cases import alone, meta, model_metas, numbers
 
 from megatron_mup.config import Config, OptimizerConfig
+from megatron_mup.optim.build import shared_settings
 from megatron_mup.optim.clip import clip_, global_grad_norm
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.optimizer import RULES, Optimizer, muon_settings, route
+from megatron_mup.optim.optimizer import RULES, Optimizer, route
 from megatron_mup.parametrization.meta import Role
 
 CONFIG = Config(optimizer=OptimizerConfig(optimizer="muon", lr=1e-3, muon_lr=2e-2, decoupled_lr=5e-3))
@@ -117,7 +118,7 @@ def test_factor_zero_changes_nothing(lone_mesh):
     ],
 )
 def test_newton_schulz_precision(flag, device, dtype):
-    assert muon_settings(OptimizerConfig(muon_ns_dtype=flag), torch.device(device)).ns_dtype is dtype
+    assert shared_settings(OptimizerConfig(muon_ns_dtype=flag), torch.device(device))["ns_dtype"] is dtype
 
 
 def test_norm_and_clip_equal_torch(lone_mesh):

@@ -391,6 +391,42 @@ def test_muon_takes_hidden_matrices_only_and_leaves_the_rest_unchanged(grown):
                 assert scaling(m, muon.config) == scaling(m, adam.config)
 
 
+def test_other_matrix_optimizers(grown):
+    """NorMuon takes Muon's numbers; on the sphere learning rates are relative, and hard retraction leaves no decay."""
+    hidden = ("qkv", "proj", "fc1", "fc2")
+    for name, alpha, mode in itertools.product(SCHEME_NAMES, (0.5, 1.0), SCALE_MODES):
+        muon = under(grown, name, alpha, optimizer="muon", muon_scale_mode=mode)
+        normuon = under(grown, name, alpha, optimizer="normuon", muon_scale_mode=mode)
+        for key, m in grown.metas.items():
+            want = scaling(m, muon.config)
+            assert scaling(m, normuon.config) == replace(want, optimizer="normuon" if key in hidden else "adam")
+        depth = M_L ** (alpha - 1) if name == "completep" else 1.0
+        for optimizer, retraction in itertools.product(("muonsphere", "spectral_sphere"), ("hard", "dynamic")):
+            sphere = under(grown, name, alpha, optimizer=optimizer, muon_scale_mode=mode, sphere_retraction=retraction)
+            for key, m in grown.metas.items():
+                s = scaling(m, sphere.config)
+                if key in hidden:
+                    assert (s.optimizer, s.weight_decay) == (optimizer, LAMBDA if retraction == "dynamic" else 0)
+                    assert isclose(s.lr, ETA_MUON * depth)
+                else:
+                    assert s == scaling(m, muon.config)
+
+
+@pytest.mark.parametrize("rest", ["lion", "adam_atan2", "ademamix"])
+def test_other_scalar_optimizers_follow_adams_rows(grown, rest):
+    for name in SCHEME_NAMES:
+        adam = under(grown, name, optimizer="muon")
+        other = under(grown, name, optimizer="muon", scalar_optimizer=rest)
+        for key, m in grown.metas.items():
+            want = scaling(m, adam.config)
+            if key not in ("qkv", "proj", "fc1", "fc2"):
+                want = replace(want, optimizer=rest, eps=want.eps if rest == "ademamix" else 0.0)
+            assert scaling(m, other.config) == want
+        # Under AdamW for everything there is no rest.
+        alone = under(grown, name, scalar_optimizer=rest)
+        assert {scaling(m, alone.config).optimizer for m in grown.metas.values()} == {"adam"}
+
+
 # ---- Identities
 
 

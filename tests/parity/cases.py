@@ -41,7 +41,22 @@ SCHEMES = {
     "mup": "--parametrization mup --mup-base-hidden-size 16 --mup-embedding-mult 2 --mup-output-mult 0.5",
     "completep": "--parametrization completep --mup-base-hidden-size 16 --base-num-layers 2",
 }
-OPTIMIZERS = {"adam": "", "muon": "--optimizer muon"}
+OPTIMIZERS = {
+    "adam": "",
+    "muon": "--optimizer muon",
+    "normuon": "--optimizer normuon --scalar-optimizer adam_atan2",
+    "muonsphere": "--optimizer muonsphere --sphere-retraction dynamic",
+    "spectral_sphere": "--optimizer spectral_sphere --scalar-optimizer ademamix",
+    "scion": "--optimizer scion --scalar-optimizer lion --scion-radius 5 --scion-output-radius 30",
+}
+IN_EVERY_SCHEME = ("adam", "muon")
+"""The others run with the first scheme that takes them; Scion refuses all but the standard one."""
+
+
+def combinations() -> list[tuple[str, str]]:
+    """Schemes and optimizers, those of every scheme first."""
+    every = [(scheme, optimizer) for scheme in SCHEMES for optimizer in IN_EVERY_SCHEME]
+    return every + [("standard" if o == "scion" else "mup", o) for o in OPTIMIZERS if o not in IN_EVERY_SCHEME]
 
 
 @dataclass(frozen=True)

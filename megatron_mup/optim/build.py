@@ -1,0 +1,122 @@
+"""Optimizers from the configuration, with the defaults of their papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_mup.config import Config, OptimizerConfig
+from megatron_mup.optim.adamw import AdamW, AdamWSettings
+from megatron_mup.optim.main_params import MainParam
+from megatron_mup.optim.matrix import MatrixOptimizer
+from megatron_mup.optim.muon import Muon, MuonSettings, NorMuon, NorMuonSettings
+from megatron_mup.optim.scalar import (
+    AdamAtan2,
+    AdamAtan2Settings,
+    AdEMAMix,
+    AdEMAMixSettings,
+    ElementwiseOptimizer,
+    Lion,
+    LionSettings,
+)
+from megatron_mup.optim.scion import ScionTables, ScionTableSettings, hidden_settings
+from megatron_mup.optim.sphere import MuonSphere, SpectralSphere, SphereSettings
+from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.parametrization.table import Scaling
+
+Numbered = list[tuple[MainParam, Scaling]]
+
+MATRIX_OPTIMIZERS = ("muon", "normuon", "muonsphere", "spectral_sphere", "scion")
+SCALAR_OPTIMIZERS = ("adam", "lion", "adam_atan2", "ademamix")
+
+_SPHERE = ("muonsphere", "spectral_sphere")
+
+
+def momentum(flags: OptimizerConfig) -> float:
+    """Decay of the matrix optimizer's momentum."""
+    if flags.muon_momentum is not None:
+        return flags.muon_momentum
+    return 0.95 if flags.optimizer in ("muon", "normuon") else 0.9
+
+
+def shared_settings(flags: OptimizerConfig, device: torch.device) -> dict[str, Any]:
+    """What all matrix optimizers take from the flags; ``--muon-ns-dtype auto`` is bf16 on a GPU and fp32 on a CPU."""
+    precision = flags.muon_ns_dtype
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16"
+    sphere = flags.optimizer in _SPHERE
+    coefficients = flags.muon_coefficient_type or ("polar_express" if sphere else "quintic")
+    return {
+        "momentum": momentum(flags),
+        "momentum_style": flags.muon_momentum_style,
+        "num_ns_steps": flags.muon_num_ns_steps or (8 if sphere else 5),
+        "coefficients": "jordan" if coefficients == "simple" else coefficients,
+        "split_qkv": flags.muon_split_qkv,
+        "split_fc1": flags.muon_split_fc1,
+        "ns_dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+    }
+
+
+def build_matrix(name: str, params: Numbered, config: Config, mesh: Mesh) -> MatrixOptimizer[Any]:
+    """The optimizer of the hidden matrices. Collective over the ranks that share them."""
+    flags = config.optimizer
+    shared = shared_settings(flags, mesh.device)
+    if name == "scion":
+        return Muon(params, hidden_settings(flags.scion_radius, **shared), mesh)
+    shared["nesterov"] = flags.muon_nesterov
+    if name in _SPHERE:
+        settings = SphereSettings(
+            radius=flags.sphere_radius,
+            retraction=flags.sphere_retraction,
+            solver_steps=flags.sphere_solver_steps,
+            **shared,
+        )
+        return (SpectralSphere if name == "spectral_sphere" else MuonSphere)(params, settings, mesh)
+    shared |= {"scale_mode": flags.muon_scale_mode, "extra_scale_factor": flags.muon_extra_scale_factor}
+    if name == "normuon":
+        return NorMuon(params, NorMuonSettings(beta2=flags.normuon_beta2, **shared), mesh)
+    return Muon(params, MuonSettings(**shared), mesh)
+
+
+def build_scalar(name: str, params: Numbered, config: Config, mesh: Mesh) -> AdamW | ElementwiseOptimizer:
+    """The optimizer of what no matrix optimizer takes."""
+    flags = config.optimizer
+    betas = (flags.adam_beta1, flags.adam_beta2)
+    match name:
+        case "lion":
+            return Lion(params, LionSettings(betas=(flags.lion_beta1, flags.lion_beta2)))
+        case "adam_atan2":
+            return AdamAtan2(params, AdamAtan2Settings(betas=betas))
+        case "ademamix":
+            warmup = flags.ademamix_warmup_iters
+            return AdEMAMix(
+                params,
+                AdEMAMixSettings(
+                    betas=betas,
+                    beta3=flags.ademamix_beta3,
+                    alpha=flags.ademamix_alpha,
+                    warmup=_iterations(config, mesh) if warmup is None else warmup,
+                ),
+            )
+    return AdamW(params, AdamWSettings(betas=betas))
+
+
+def build_tables(params: Numbered, config: Config) -> ScionTables:
+    """Scion for the embedding and the head."""
+    flags = config.optimizer
+    settings = ScionTableSettings(
+        momentum=momentum(flags),
+        output_radius=flags.scion_output_radius,
+        embedding_radius=flags.scion_embedding_radius,
+        tied=not config.model.untie_embeddings_and_output_weights,
+    )
+    return ScionTables(params, settings)
+
+
+def _iterations(config: Config, mesh: Mesh) -> int:
+    """Length of the run; one given in samples counts whole batches of the final size."""
+    training = config.training
+    if training.train_iters is not None:
+        return training.train_iters
+    return (training.train_samples or 0) // config.global_batch_size(mesh.world.size())

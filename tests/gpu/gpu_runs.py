@@ -1,0 +1,70 @@
+"""What the GPU tests train: a model large enough for the kernels of a real run, small enough for minutes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_mup.config import Config
+from megatron_mup.parallel.mesh import Mesh
+from tests.runs import config_of, step_of, words
+
+SAMPLES = 8
+
+MODEL = (
+    "--num-layers 2 --hidden-size 256 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 512 --swiglu "
+    f"--seq-length 128 --global-batch-size {SAMPLES} --micro-batch-size 2 --init-method-std 0.05 --qk-layernorm "
+    "--untie-embeddings-and-output-weights --disable-bias-linear --parametrization completep "
+    "--mup-base-hidden-size 128 --base-num-layers 1 --lr 2e-3"
+)
+FEATURES = (
+    "--hidden-dropout 0.1 --attention-dropout 0.1 --normalization LayerNorm --no-swiglu --no-disable-bias-linear "
+    "--position-embedding-type learned_absolute --no-untie-embeddings-and-output-weights --cross-entropy-z-loss 1e-2"
+)
+BF16 = "--bf16 --torch-compile"
+
+
+def gpu_config(*flags: str) -> Config:
+    """The GPU tests' model with further flags."""
+    return config_of(MODEL, *flags)
+
+
+def gpu_words(*flags: str) -> list[str]:
+    """The same as a command line."""
+    return words(MODEL, *flags)
+
+
+def share(config: Config, mesh: Mesh, number: int) -> dict[str, torch.Tensor]:
+    """This rank's samples of a step, in the loader's order, on its device."""
+    generator = torch.Generator().manual_seed(number)
+    seq, size = config.training.seq_length, config.training.micro_batch_size
+    first = torch.randint(0, 101, (SAMPLES, 1), generator=generator)
+    tokens = (first + 3 * torch.arange(seq + 1)) % 101
+    labels = tokens[:, 1:].clone()
+    for sample in range(SAMPLES):
+        labels[sample, : (sample * 11 + number) % seq] = -100
+    batch = {"tokens": tokens[:, :-1], "labels": labels, "sample_index": torch.arange(SAMPLES) + SAMPLES * number}
+    mine = torch.arange(SAMPLES).view(-1, size)[mesh.dp_rank :: mesh.dp_size].flatten()
+    return {name: value[mine].to(mesh.device) for name, value in batch.items()}
+
+
+def train(config: Config, mesh: Mesh, steps: int = 3) -> dict[str, Any]:
+    """Losses and gradient norms of a few steps, and the weights before and after them, on the CPU."""
+    step = step_of(config, mesh)
+    initial = {main.meta.name: main.value.clone().cpu() for main in step.main.params}
+    results = [step(share(config, mesh, number), 1.0) for number in range(steps)]
+    return {
+        "initial": initial,
+        "losses": torch.stack([r.loss for r in results]).cpu(),
+        "norms": torch.stack([r.grad_norm for r in results]).cpu(),
+        "weights": {main.meta.name: main.value.cpu() for main in step.main.params},
+    }
+
+
+def train_on_rank(config: Config) -> dict[str, Any]:
+    """The same on a rank of a pool of GPUs; without the weights."""
+    # Each model compiles anew, or the limit of recompilations would silently make later ones eager.
+    torch._dynamo.reset()
+    seen = train(config, Mesh.build(config, torch.device("cuda", torch.cuda.current_device())))
+    return {name: seen[name] for name in ("losses", "norms")}

@@ -1,0 +1,120 @@
+"""One GPU: the CPU's numbers in fp32, eager's numbers when compiled, a whole run, and its resumption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.gpu_runs import BF16, FEATURES, gpu_config, gpu_words, share, train
+from tests.runs import pretrain, recorded, relative_error, saved_tensors, step_of
+
+pytestmark = pytest.mark.gpu
+
+OPTIMIZERS = {"adam": "", "muon": "--optimizer muon --muon-lr 0.02 --muon-ns-dtype fp32"}
+
+
+@pytest.fixture(autouse=True)
+def clean_process():
+    """Each model compiles anew, or the limit of recompilations would silently make later ones eager."""
+    torch._dynamo.reset()
+    yield
+    # main turns it on for a whole process.
+    torch.use_deterministic_algorithms(False)
+
+
+def close(seen, want, tolerance):
+    torch.testing.assert_close(seen["losses"], want["losses"], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("features", ["", FEATURES], ids=["llama", "features"])
+def test_fp32_equals_the_cpu(meshes, optimizer, features):
+    """Dropout included, whose masks don't know the device."""
+    config = gpu_config(features, OPTIMIZERS[optimizer])
+    seen = {kind: train(config, mesh) for kind, mesh in meshes.items()}
+    for name, value in seen["cpu"]["initial"].items():
+        assert torch.equal(seen["cuda"]["initial"][name], value), f"initial {name}"
+    # Newton-Schulz magnifies the rounding of directions that hardly have a gradient.
+    close(seen["cuda"], seen["cpu"], 1e-5 if optimizer == "adam" else 1e-4)
+    torch.testing.assert_close(seen["cuda"]["losses"][0], seen["cpu"]["losses"][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen["cuda"]["norms"][0], seen["cpu"]["norms"][0], rtol=1e-5, atol=0)
+    for name, value in seen["cpu"]["weights"].items():
+        # A key's bias has no gradient in truth; it moves by rounding.
+        if value.dim() > 1:
+            assert relative_error(seen["cuda"]["weights"][name], value) < 1e-4, name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_compiled_fp32_equals_eager(meshes, optimizer):
+    eager, compiled = (
+        train(gpu_config(OPTIMIZERS[optimizer], flag), meshes["cuda"]) for flag in ("", "--torch-compile")
+    )
+    close(compiled, eager, 1e-5 if optimizer == "adam" else 1e-4)
+    torch.testing.assert_close(compiled["norms"][0], eager["norms"][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("features", ["", FEATURES], ids=["llama", "features"])
+def test_compiled_bf16_equals_eager(meshes, features):
+    eager, compiled = (train(gpu_config(features, flag), meshes["cuda"], 5) for flag in ("--bf16", BF16))
+    close(compiled, eager, 2e-2)
+    close(eager, train(gpu_config(features), meshes["cuda"], 5), 2e-2)
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputation_changes_nothing(meshes, granularity):
+    flags = f"--recompute-granularity {granularity}"
+    plain, recomputed = (train(gpu_config(flag), meshes["cuda"], 2) for flag in ("", flags))
+    close(recomputed, plain, 1e-6)
+
+
+def test_recomputation_compiled(meshes):
+    """Sums in bf16 may be fused otherwise."""
+    flags = "--recompute-granularity selective"
+    plain, recomputed = (train(gpu_config(BF16, flag), meshes["cuda"], 2) for flag in ("", flags))
+    close(recomputed, plain, 2e-2)
+
+
+@pytest.mark.parametrize("backend", ["flash", "fused", "unfused"])
+def test_attention_kernels(meshes, backend):
+    seen, plain = (
+        train(gpu_config("--bf16", f"--attention-backend {name}"), meshes["cuda"]) for name in (backend, "auto")
+    )
+    close(seen, plain, 2e-2)
+
+
+def test_no_memory_left_behind(meshes):
+    """Steps after the first few allocate nothing that stays."""
+    config = gpu_config("--bf16")
+    step, held = step_of(config, meshes["cuda"]), []
+    for number in range(4):
+        step(share(config, meshes["cuda"], number), 1.0)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2] == held[3]
+
+
+def files(folder):
+    return f"--save {folder}/run --load {folder}/run --metrics-file {folder}/metrics.jsonl --log-interval 1"
+
+
+def test_run_from_start_to_end(tmp_path):
+    flags = "--train-iters 20 --eval-interval 10 --eval-iters 2 --optimizer muon --muon-lr 0.02 --lr 3e-3"
+    outcome = pretrain(gpu_words(flags, BF16, files(tmp_path)))
+    assert outcome.code == 0, outcome.err
+    losses = recorded(tmp_path / "metrics.jsonl", "train/lm loss")
+    assert losses[20] < losses[1] - 0.5
+    assert list(recorded(tmp_path / "metrics.jsonl", "validation/lm loss")) == [10, 20]
+
+
+def test_resumes_bitwise(tmp_path):
+    flags = f"--train-iters 6 --optimizer muon --muon-lr 0.02 {BF16} --deterministic-mode"
+    for folder, parts in (("whole", [""]), ("broken", ["--exit-interval 3", ""])):
+        for part in parts:
+            outcome = pretrain(gpu_words(flags, files(tmp_path / folder), part))
+            assert outcome.code == 0, outcome.err
+    curves = [recorded(tmp_path / name / "metrics.jsonl", "train/lm loss") for name in ("whole", "broken")]
+    assert curves[0] == curves[1]
+    whole, broken = (saved_tensors(tmp_path / name / "run" / "iter_0000006") for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    for key, value in whole.items():
+        assert torch.equal(broken[key], value), key
