@@ -1,11 +1,15 @@
-"""Newton-Schulz orthonormalization in plain PyTorch: the specification, and the fallback of faster kernels."""
+"""Newton-Schulz orthonormalization: in plain PyTorch, the specification, and where it pays in Gram space."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from megatron_mup.kernels.symmetric import kernel_takes
+from megatron_mup.optim.gram import block_lengths, gram_newton_schulz
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -65,28 +69,14 @@ def _full_fp32_products() -> Iterator[None]:
 
 
 @torch.no_grad()
-def orthonormalize(
+def orthonormalize_plain(
     x: torch.Tensor,
     steps: int = 5,
     coefficients: str = "quintic",
     dtype: torch.dtype = torch.float32,
     eps: float = 1e-7,
 ) -> torch.Tensor:
-    """Approximates U V^T for each matrix U S V^T of a batch.
-
-    Each matrix is divided by its Frobenius norm (taken in fp32, at least ``eps``) before it is cast to ``dtype``, in
-    which the iteration runs on the short side. Zero matrices, rows and columns stay zero.
-
-    Args:
-        x: ``[..., m, n]``; left as it is.
-        steps: Newton-Schulz steps.
-        coefficients: a name in :data:`COEFFICIENTS`.
-        dtype: precision of the iteration; fp32 is full fp32, whatever the process allows elsewhere.
-        eps: smallest norm to divide by.
-
-    Returns:
-        ``[..., m, n]`` in ``dtype``, new memory.
-    """
+    """:func:`orthonormalize` in plain PyTorch: cast to ``dtype`` once normalized, all steps on the short side in it."""
     work = x.reshape(-1, *x.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
@@ -101,3 +91,50 @@ def orthonormalize(
     if tall:
         work = work.mT
     return work.reshape(x.shape).contiguous()
+
+
+def gram_pays(batch: int, rows: int, columns: int) -> bool:
+    """Whether Gram space is the faster for bf16 matrices on a GPU.
+
+    The symmetric kernel's unit of work is a tile of 128 x 256. It gains by having half as many, which shows once they
+    fill the chip; long matrices gain earlier, from Gram space itself. Measured on an H100 (benchmarks/results).
+    """
+    short, long = sorted((rows, columns))
+    tiles = batch * math.ceil(short / 256) ** 2
+    return short >= 512 and tiles >= (64 if long >= 2 * short else 132)
+
+
+@torch.no_grad()
+def orthonormalize(
+    x: torch.Tensor,
+    steps: int = 5,
+    coefficients: str = "quintic",
+    dtype: torch.dtype = torch.float32,
+    eps: float = 1e-7,
+    fast: bool = False,
+) -> torch.Tensor:
+    """Approximates U V^T for each matrix U S V^T of a batch.
+
+    Each matrix is divided by its Frobenius norm (taken in fp32, at least ``eps``). Zero matrices, rows and columns stay
+    zero. With ``fast``, bf16 on a GPU that has the kernels runs in Gram space (gram.py), where that pays; everything
+    else runs :func:`orthonormalize_plain`. No optimizer asks for ``fast`` yet: the kernels' present form has not passed
+    its tests on a GPU.
+
+    Args:
+        x: ``[..., m, n]``; left as it is.
+        steps: Newton-Schulz steps.
+        coefficients: a name in :data:`COEFFICIENTS`.
+        dtype: precision of the iteration; fp32 is full fp32, whatever the process allows elsewhere.
+        eps: smallest norm to divide by.
+        fast: allow the Gram-space path.
+
+    Returns:
+        ``[..., m, n]`` in ``dtype``, new memory.
+    """
+    work = x.reshape(-1, *x.shape[-2:])
+    if fast and dtype is torch.bfloat16 and steps and x.is_cuda and x.shape[-2] % 8 == 0 and gram_pays(*work.shape):
+        halves = work.to(dtype).contiguous()
+        if kernel_takes(halves):
+            schedule = coefficient_schedule(coefficients, steps)
+            return gram_newton_schulz(halves, schedule, block_lengths(coefficients, steps), eps).view(x.shape)
+    return orthonormalize_plain(x, steps, coefficients, dtype, eps)

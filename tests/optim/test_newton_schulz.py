@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mup.optim.newton_schulz import COEFFICIENTS, coefficient_schedule, orthonormalize
+from megatron_mup.optim.newton_schulz import (
+    COEFFICIENTS,
+    coefficient_schedule,
+    gram_pays,
+    orthonormalize,
+    orthonormalize_plain,
+)
 
 # Smallest and largest singular value that five (or eight) steps may leave, for inputs above 1e-2 of the norm.
 RANGES = {"jordan": (0.66, 1.23), "quintic": (0.95, 1.17), "polar_express": (0.85, 1.15)}
@@ -114,3 +120,26 @@ def test_the_processs_precision_is_neither_used_nor_changed(setting):
         assert matmul.fp32_precision == setting
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpus_run_the_plain_iteration(dtype):
+    x = torch.randn(34, 512, 520, generator=torch.Generator().manual_seed(4))
+    assert gram_pays(*x.shape)
+    assert torch.equal(orthonormalize(x, 1, "jordan", dtype), orthonormalize_plain(x, 1, "jordan", dtype))
+
+
+def test_where_gram_space_pays():
+    assert gram_pays(1, 4096, 4096)
+    assert gram_pays(1, 2048, 8192)
+    assert gram_pays(1, 14336, 4096)
+    assert gram_pays(4, 2048, 2048)
+    assert not gram_pays(1, 2048, 2048)
+    assert not gram_pays(1000, 256, 256)
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_direction(name):
+    x = torch.randn(48, 160, generator=torch.Generator().manual_seed(5))
+    share = 0.8 if name == "jordan" else 0.9  # jordan leaves values between 0.68 and 1.2
+    assert (orthonormalize(x, 5, name) * x).sum() >= share * torch.linalg.svdvals(x).sum()

@@ -1,0 +1,204 @@
+"""Newton-Schulz beside others': milliseconds and errors of five steps on bf16 matrices.
+
+    python benchmarks/newton_schulz.py [--sizes 4096x4096,...] [--beside FILE:FUNCTION ...] [--json OUT] [--no-llama]
+
+Others: ``torch.optim.Muon``'s function, emerging-optimizers if it can be imported (also with its symmetric kernel), and
+each FUNCTION of a Python FILE, which takes one bf16 matrix and returns its orthonormal factor. A function works once
+before it is timed, so that compiling and tuning stay out; how long that took is reported as ``start``. All work on
+the same random matrices, several in turn so that the cache holds none.
+
+Times are medians, eager (host time included where it shows) and replayed from a CUDA graph. Errors are against the SVD
+in fp64 on 512 x 1792: ``orthogonality`` is |O - U V^T|_F / sqrt(512), ``largest`` the largest singular value, on a
+Gaussian matrix and on one with singular values down to 1e-3. Coefficient sets differ: compare errors within a set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from megatron_mup.optim.newton_schulz import orthonormalize, orthonormalize_plain
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+SIZES = "2048x2048,2048x8192,4096x4096,4096x14336,8192x28672"
+LLAMA_3_8B = {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32}
+BATCH_NUMEL = 1 << 25  # elements that Muon orthonormalizes at once
+CLEAN_BYTES = 1 << 28  # inputs in turn add up to more than any cache
+
+
+def ours(coefficients: str) -> Function:
+    """Our function with one of its coefficient sets."""
+    return lambda x: orthonormalize(x, 5, coefficients, torch.bfloat16, fast=True)
+
+
+def contestants(beside: list[str]) -> dict[str, Function]:
+    """All that can run here, by name."""
+    found = {f"ours, {name}": ours(name) for name in ("quintic", "jordan", "polar_express")}
+    found["ours without Gram space, quintic"] = lambda x: orthonormalize_plain(x, 5, "quintic", torch.bfloat16)
+    if importlib.util.find_spec("torch.optim._muon"):
+        from torch.optim._muon import _zeropower_via_newtonschulz
+
+        # A copy, because some releases normalize a bf16 input in place.
+        found["torch.optim.Muon, jordan"] = lambda x: _zeropower_via_newtonschulz(
+            x.clone(), (3.4445, -4.775, 2.0315), 5, 1e-7
+        )
+    if importlib.util.find_spec("emerging_optimizers"):
+        from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz
+
+        def emerging(x: torch.Tensor, use_syrk: bool = False) -> torch.Tensor:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")  # its way to ask for bf16
+            try:
+                return newton_schulz(x.float(), 5, "quintic", use_syrk=use_syrk)
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        found["emerging-optimizers, quintic"] = emerging
+        found["emerging-optimizers, quintic, syrk"] = lambda x: emerging(x, use_syrk=True)
+    for place in beside:
+        path, _, name = place.rpartition(":")
+        spec = importlib.util.spec_from_file_location(name, path)
+        if not spec or not spec.loader:
+            raise SystemExit(f"--beside takes FILE:FUNCTION, not {place}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        found[name] = getattr(module, name)
+    return found
+
+
+def synchronize() -> None:
+    """Waits for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def median_ms(run: Callable[[int], object], repeats: int) -> float:
+    """Median of ``run(0)``, ``run(1)``, ...: device time between events, or host time without a device."""
+    times = []
+    for i in range(repeats):
+        if torch.cuda.is_available():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(i)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            run(i)
+            times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times)
+
+
+def time_matrix(function: Function, inputs: list[torch.Tensor], repeats: int) -> dict[str, object]:
+    """Eager and replayed milliseconds of one matrix."""
+    begin = time.perf_counter()
+    function(inputs[0])
+    synchronize()
+    result: dict[str, object] = {"start_s": round(time.perf_counter() - begin, 2)}
+    for x in inputs:
+        function(x)
+    synchronize()
+    result["ms"] = round(median_ms(lambda i: function(inputs[i % len(inputs)]), repeats), 3)
+    if not torch.cuda.is_available():
+        return result
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for x in inputs:
+                function(x)
+    except RuntimeError as error:  # a function that waits for the device can't be captured
+        return result | {"graph_error": str(error).splitlines()[0]}
+    graph.replay()
+    rounds = max(3, repeats // len(inputs))
+    return result | {"graph_ms": round(median_ms(lambda i: graph.replay(), rounds) / len(inputs), 3)}
+
+
+def time_set(function: Function, batched: bool, repeats: int, device: str) -> dict[str, object]:
+    """Milliseconds of all matrices of a Llama-3-8B; in batches as Muon forms them, if the function takes batches."""
+    work = []
+    for (m, n), count in LLAMA_3_8B.items():
+        batch = min(count, max(1, BATCH_NUMEL // (m * n))) if batched else 1
+        x = torch.randn(batch, m, n, device=device).to(torch.bfloat16)
+        work.append((x if batched else x[0], count // batch))
+
+    def run(_: int) -> None:
+        for x, times in work:
+            for _ in range(times):
+                function(x)
+
+    run(0)
+    synchronize()
+    return {"ms": round(median_ms(run, repeats), 1)}
+
+
+def errors(function: Function, device: str) -> dict[str, float]:
+    """Against the SVD in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    m, n = 512, 1792
+    gaussian = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(k, m, generator=generator, dtype=torch.float64)).Q for k in (m, n))
+    hard = (u * torch.logspace(0, -3, m, dtype=torch.float64)) @ v.T
+    result = {}
+    for name, matrix in (("gaussian", gaussian), ("down to 1e-3", hard)):
+        x = matrix.to(torch.bfloat16)
+        left, _, right = torch.linalg.svd(x.double(), full_matrices=False)
+        got = function(x.to(device)).double().cpu()
+        result[f"{name}: orthogonality"] = round((got - left @ right).norm().item() / m**0.5, 4)
+        result[f"{name}: largest"] = round(torch.linalg.matrix_norm(got, 2).item(), 4)
+    return result
+
+
+def main() -> None:
+    """Measures, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default=SIZES)
+    parser.add_argument("--beside", action="append", default=[], metavar="FILE:FUNCTION")
+    parser.add_argument("--only", default="", help="run only functions whose name contains this")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--no-llama", action="store_true", help="without the whole set of a Llama-3-8B")
+    parser.add_argument("--json", metavar="OUT", help="file to write")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    functions = {name: f for name, f in contestants(args.beside).items() if args.only in name}
+    report: dict[str, object] = {
+        "command": " ".join(sys.argv),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "errors": {name: errors(f, device) for name, f in functions.items()},
+    }
+    columns = [f"{m}x{n}" for m, n in (size.split("x") for size in args.sizes.split(","))]
+    table: dict[str, dict[str, dict[str, object]]] = {name: {} for name in functions}
+    for column in columns:
+        m, n = map(int, column.split("x"))
+        count = max(1, min(16, CLEAN_BYTES // (2 * m * n)))
+        inputs = [torch.randn(m, n, device=device).to(torch.bfloat16) for _ in range(count)]
+        for name, function in functions.items():
+            table[name][column] = time_matrix(function, inputs, args.repeats)
+        del inputs
+    if not args.no_llama:
+        columns.append("llama-3-8b")
+        for name, function in functions.items():
+            table[name]["llama-3-8b"] = time_set(function, name.startswith("ours"), 2, device)
+    report["times"] = table
+    print(f"{'ms eager / from a graph':36}" + "".join(f"{column:>18}" for column in columns))
+    for name, row in table.items():
+        cells = [f"{row[c]['ms']}" + (f" / {row[c]['graph_ms']}" if "graph_ms" in row[c] else "") for c in columns]
+        print(f"{name:36}" + "".join(f"{cell:>18}" for cell in cells))
+    for name, values in report["errors"].items():  # type: ignore[attr-defined]
+        print(f"{name:36}" + "  ".join(f"{key} {value}" for key, value in values.items()))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Batched matrix products whose result is known to be symmetric: half the work of a plain product.
+
+``X X^T``, ``X^T X`` and products of symmetric matrices that commute. :func:`symmetric_product` runs a Triton kernel on
+Hopper and later GPUs and its plain twin, :func:`symmetric_product_reference`, elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+HALVES = (torch.float16, torch.bfloat16)
+
+Form = Literal["rows", "columns", "symmetric"]
+"""What is multiplied: ``A B^T``, ``A^T B``, or operands that are symmetric themselves and can be read either way."""
+
+
+def symmetric_product_reference(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    form: Form,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    d: torch.Tensor | None = None,
+    diagonal: float = 0.0,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The specification of :func:`symmetric_product`: products and sums in fp32, one rounding, upper half mirrored."""
+    left, right = a.float(), b.float()
+    out = alpha * (left.mT @ right if form == "columns" else left @ right.mT)
+    if d is not None:
+        out += beta * d.float()
+    out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    if scale is not None:
+        out *= scale.view(-1, 1, 1)
+    return (out.triu() + out.triu(1).mT).to(dtype or a.dtype)
+
+
+@functools.cache
+def _device_has_kernel(device: torch.device) -> bool:
+    """Hopper or later, and Triton is there."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+@functools.cache
+def _kernel() -> ModuleType:
+    """Imported late, so that machines without a GPU need no Triton."""
+    return importlib.import_module("megatron_mup.kernels.symmetric_triton")
+
+
+def kernel_takes(*operands: torch.Tensor) -> bool:
+    """Whether the Triton kernel can run on these: half precision, Hopper or later, rows of a multiple of 16 bytes."""
+    return _device_has_kernel(operands[0].device) and all(
+        o.dtype in HALVES and o.is_contiguous() and o.shape[-1] % 8 == 0 and o.data_ptr() % 16 == 0 for o in operands
+    )
+
+
+def symmetric_product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    form: Form,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    d: torch.Tensor | None = None,
+    diagonal: float = 0.0,
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``scale (alpha A B^T + beta D + diagonal I)`` for each matrix of a batch, where that is symmetric.
+
+    Only cells on and above the diagonal are computed and each is stored twice, so the result is symmetric to the bit.
+
+    Args:
+        a: ``[batch, n, k]``; ``[batch, k, n]`` in the form ``columns``, which computes ``A^T B`` instead.
+        b: like ``a``, and may be ``a`` itself.
+        form: see :data:`Form`.
+        alpha: factor of the product.
+        beta: factor of ``d``.
+        d: symmetric ``[batch, n, n]``.
+        diagonal: factor of the identity.
+        scale: fp32 ``[batch]``, a factor per matrix.
+        dtype: of the result; ``a``'s by default.
+
+    Returns:
+        ``[batch, n, n]``, rounded once from fp32.
+    """
+    dtype = dtype or a.dtype
+    operands = [a, b] if d is None else [a, b, d]
+    n = a.shape[-1 if form == "columns" else -2]
+    if n % 8 or dtype not in HALVES or not kernel_takes(*operands):
+        return symmetric_product_reference(
+            a, b, form, alpha=alpha, beta=beta, d=d, diagonal=diagonal, scale=scale, dtype=dtype
+        )
+    out = torch.empty(a.shape[0], n, n, dtype=dtype, device=a.device)
+    _kernel().launch(a, b, out, d, scale, alpha, beta, diagonal, form)
+    return out

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mup.kernels.symmetric import kernel_takes, symmetric_product, symmetric_product_reference
+
+FORMS = ("rows", "columns", "symmetric")
+
+
+def operands(
+    form: str, batch: int, n: int, k: int, device: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two operands with a symmetric product: the same one twice, or two polynomials of one symmetric matrix."""
+    if form == "symmetric":
+        a = torch.randn(batch, n, n, device=device, dtype=torch.float64) / n**0.5
+        a = a + a.mT
+        return a.to(dtype), (a @ a).to(dtype)
+    a = (torch.randn(batch, *((n, k) if form == "rows" else (k, n)), device=device) / k**0.5).to(dtype)
+    return a, a
+
+
+def exact(a, b, form, alpha=1.0, beta=0.0, d=None, diagonal=0.0, scale=None) -> torch.Tensor:
+    left, right = a.double(), b.double()
+    out = alpha * (left.mT @ right if form == "columns" else left @ right.mT)
+    out = out + diagonal * torch.eye(out.shape[-1], device=out.device)
+    out = out if d is None else out + beta * d.double()
+    return out if scale is None else out * scale.double().view(-1, 1, 1)
+
+
+def extras(batch: int, n: int, device: str, dtype: torch.dtype) -> dict[str, object]:
+    d = torch.randn(batch, n, n, device=device)
+    scale = torch.rand(batch, device=device) + 0.5
+    return {"alpha": 0.5, "beta": -1.5, "d": (d + d.mT).to(dtype), "diagonal": 2.0, "scale": scale}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("full", [False, True])
+def test_twin_against_the_formula(form, full):
+    torch.manual_seed(0)
+    a, b = operands(form, 2, 24, 40, "cpu", torch.float32)
+    terms = extras(2, 24, "cpu", torch.float32) if full else {}
+    got = symmetric_product(a, b, form, **terms)
+    torch.testing.assert_close(got.double(), exact(a, b, form, **terms), rtol=0, atol=1e-5)
+    assert torch.equal(got, got.mT)
+
+
+def test_twin_rounds_once():
+    torch.manual_seed(0)
+    a = torch.randn(1, 8, 256).half()
+    got = symmetric_product(a, a, "rows", dtype=torch.bfloat16)
+    assert torch.equal(got, exact(a, a, "rows").bfloat16())
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("batch", "n", "k"), [(1, 8, 8), (2, 200, 72), (3, 264, 136), (2, 384, 128), (1, 1160, 520), (5, 1024, 1000)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("full", [False, True])
+def test_kernel_against_the_formula(form, batch, n, k, dtype, full):
+    a, b = operands(form, batch, n, k, "cuda", dtype)
+    terms = extras(batch, n, "cuda", dtype) if full else {}
+    if not kernel_takes(a, b):
+        pytest.skip("no kernel for this device")
+    poison = torch.full((batch, n, n), float("nan"), device="cuda", dtype=dtype)
+    del poison  # the allocator hands this memory to the result
+    got = symmetric_product(a, b, form, **terms)
+    want = exact(a, b, form, **terms)
+    error = ((got.double() - want).norm() / want.norm()).item()
+    assert error < (4e-4 if dtype is torch.float16 else 3e-3) * (2 if form == "symmetric" else 1)
+    assert torch.equal(got, got.mT)
+    twin = symmetric_product_reference(a, b, form, **terms)
+    torch.testing.assert_close(got.float(), twin.float(), rtol=1e-2, atol=1e-2 * want.abs().max().item())
+
+
+@pytest.mark.gpu
+@gpu
+def test_kernel_past_two_to_the_31_elements():
+    batch, n = 34, 8192
+    a = torch.randn(batch, n, 64, device="cuda").to(torch.bfloat16)
+    if not kernel_takes(a):
+        pytest.skip("no kernel for this device")
+    got = symmetric_product(a, a, "rows")
+    want = a[-1].double() @ a[-1].double().mT
+    assert ((got[-1].double() - want).norm() / want.norm()).item() < 3e-3
+
+
+@pytest.mark.gpu
+@gpu
+def test_kernel_in_a_graph():
+    a = torch.randn(2, 512, 256, device="cuda").to(torch.bfloat16)
+    want = symmetric_product(a, a, "rows")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = symmetric_product(a, a, "rows")
+    got.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(got, want)
