@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,6 +73,11 @@ def learning_rate_class(meta: ParamMeta) -> str:
     return f"final_{meta.role.value}" if outside else meta.role.value
 
 
+def peak_learning_rates(metas: Iterable[ParamMeta], config: Config) -> dict[str, float]:
+    """Peak learning rate of each class of parameters (see :func:`learning_rate_class`)."""
+    return {learning_rate_class(meta): scaling(meta, config).lr for meta in metas}
+
+
 class Optimizer:
     """All optimizers of this rank's parameters behind one step."""
 
@@ -125,11 +130,6 @@ class Optimizer:
         self._tables.step(factor)
         self._scalar.step(factor)
 
-    def zero_grad(self) -> None:
-        """Drops all gradients."""
-        for param in self._params:
-            param.grad = None
-
     def state_tensors(self) -> dict[str, tuple[MainParam, torch.Tensor]]:
         """State of every parameter by ``<kind>/<parameter>``: ``exp_avg``, ``momentum`` and so on.
 
@@ -150,10 +150,3 @@ class Optimizer:
     def load_state_scalars(self, scalars: Mapping[str, int]) -> None:
         """Takes over what :meth:`state_scalars` gave."""
         self._scalar.steps_done = scalars["step"]
-
-    def learning_rates(self, factor: float) -> dict[str, float]:
-        """Learning rate of each class of this rank's parameters (see :func:`learning_rate_class`) for one step."""
-        return {
-            learning_rate_class(param.meta): row.lr * factor
-            for param, row in zip(self._params, self._rows, strict=True)
-        }

@@ -11,10 +11,9 @@ from megatron_mup.data.loader import BatchLoader, build_datasets
 from megatron_mup.data.tokenizer import build_tokenizer
 from megatron_mup.models.build import build_model
 from megatron_mup.models.gpt import parameter_metas
-from megatron_mup.optim.optimizer import learning_rate_class
+from megatron_mup.optim.optimizer import peak_learning_rates
 from megatron_mup.optim.schedule import LRSchedule
 from megatron_mup.parallel.mesh import Mesh
-from megatron_mup.parametrization.table import scaling
 from megatron_mup.training.batch_size import BatchSizeRamp
 from megatron_mup.training.checkpointing import Checkpointer, Progress
 from megatron_mup.training.forward_backward import Batch
@@ -77,8 +76,7 @@ class Trainer:
         self.train_data, self.valid_data = self._loaders()
         self.step = TrainStep(build_model(config, vocab_size, mesh), config, mesh)
         # Of all stages: the rank that logs holds one.
-        metas = parameter_metas(config, vocab_size)
-        self.peak_rates = {learning_rate_class(meta): scaling(meta, config).lr for meta in metas}
+        self.peak_rates = peak_learning_rates(parameter_metas(config, vocab_size), config)
         self.checkpointer = Checkpointer(config, vocab_size, mesh, self.step)
         self.progress = self.checkpointer.resume_or_initialise()
 
