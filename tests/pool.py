@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
+import queue
 import random
+import signal
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +23,8 @@ class Pool:
 
     One pool serves every world size: each call starts a group of as many ranks as it needs, and workers start when
     they are first needed. After an error all of them are replaced, for the others may wait for the one that failed.
+    Under NCCL they are replaced after each call: a process that splits communicators of a second group dies (PyTorch
+    2.11).
 
     Args:
         backend: ``gloo``, or ``nccl`` with one GPU per worker.
@@ -49,14 +55,36 @@ class Pool:
         results: dict[int, Any] = {}
         try:
             while len(results) < world_size:
-                rank, value, error = self._results.get(timeout=timeout)
+                rank, value, error = self._next_result(world_size, timeout)
                 if error is not None:
                     raise RuntimeError(f"rank {rank} of {world_size}:\n{error}")
                 results[rank] = value
         except BaseException:
             self.close()
             raise
+        if self._backend == "nccl":
+            self.close()
         return [results[rank] for rank in range(world_size)]
+
+    def _next_result(self, world_size: int, timeout: float) -> tuple[int, Any, str | None]:
+        """What the next rank to finish says.
+
+        Raises:
+            RuntimeError: a worker died, or none finished in time; the workers' stacks are on stderr then.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._results.get(timeout=1)
+            late = time.monotonic() > end
+            codes = [worker.exitcode for worker in self._workers[:world_size]]
+            if late or any(code is not None for code in codes):
+                for worker in self._workers:
+                    if worker.is_alive():
+                        os.kill(worker.pid, signal.SIGUSR2)
+                        time.sleep(0.2)  # one after the other, so that they stay readable
+                reason = f"gave nothing for {timeout} s" if late else f"have these exit codes: {codes}"
+                raise RuntimeError(f"{world_size} ranks {reason}; stacks are on stderr")
 
     def _grow(self, size: int) -> None:
         for rank in range(len(self._workers), size):
@@ -85,6 +113,8 @@ def _free_port() -> int:
 
 def _work(rank: int, backend: str, tasks: Any, results: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2)
     import torch
     import torch.distributed as dist
 

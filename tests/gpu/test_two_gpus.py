@@ -21,7 +21,6 @@ LAYOUTS = {
     "pp2": "--pipeline-model-parallel-size 2",
     "fsdp2": FSDP,
     "fsdp2-grads": "--data-parallel-sharding-strategy optim_grads",
-    "hsdp2x1": f"{FSDP} --num-distributed-optimizer-instances 2",
 }
 TIES = "--no-untie-embeddings-and-output-weights"
 MUON = "--optimizer muon --muon-lr 0.02 --muon-ns-dtype fp32"
