@@ -34,6 +34,8 @@ class Shape:
     positions: str = "rope"
     rotary_dim: int = 8
     rotary_base: float = 10000.0
+    rotary_stretch: float | None = None
+    window: int | None = None
     biases: bool = True
     qkv_biases: bool = True
     tied: bool = True
@@ -68,11 +70,24 @@ def rope(x: torch.Tensor, positions: torch.Tensor, shape: Shape) -> torch.Tensor
     """Rotates ``x`` ``[batch, seq, heads, head_dim]``: channel pairs (i, i + width / 2) are complex numbers."""
     width = shape.rotary_dim
     frequency = shape.rotary_base ** (-torch.arange(width // 2) * 2.0 / width)
+    if shape.rotary_stretch is not None:
+        frequency = torch.tensor([llama3(f.item(), shape.rotary_stretch) for f in frequency])
     angle = positions[..., None] * frequency
     turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]
     first, second = x[..., : width // 2], x[..., width // 2 : width]
     turned = torch.complex(first.contiguous(), second.contiguous()) * turn
     return torch.cat([turned.real, turned.imag, x[..., width:]], -1)
+
+
+def llama3(frequency: float, factor: float) -> float:
+    """A frequency of Llama 3.1: by its wavelength, in tokens, kept, divided by the factor, or between the two."""
+    wavelength, short, long = 2 * math.pi / frequency, 8192 / 4, 8192 / 1
+    if wavelength < short:
+        return frequency
+    if wavelength > long:
+        return frequency / factor
+    smooth = (8192 / wavelength - 1) / (4 - 1)
+    return (1 - smooth) * frequency / factor + smooth * frequency
 
 
 class Layer(nn.Module):
@@ -142,6 +157,9 @@ class ReferenceGPT(nn.Module):
         if positions is None:
             positions = torch.arange(seq).expand_as(tokens)
         allowed = torch.tril(torch.ones(seq, seq, dtype=torch.bool)).expand(len(tokens), seq, seq)
+        if self.shape.window is not None:
+            place = torch.arange(seq)
+            allowed = allowed & (place[:, None] - place <= self.shape.window)
         if documents is not None:
             allowed = allowed & (documents[:, :, None] == documents[:, None])
         x = self.embedding(tokens)

@@ -60,7 +60,7 @@ def model_of(config: Config, seed: int = 0) -> GPT:
 def step_of(config: Config, mesh: Mesh) -> TrainStep:
     """Model and optimizer with their initial values."""
     step = TrainStep(build_model(config, VOCAB_SIZE, mesh), config, mesh)
-    step.main.initialise()
+    step.initialise()
     return step
 
 

@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "inference": {"config", "parametrization", "parallel", "layers", "models", "data", "checkpoint"},
     "training": set(BELOW),
     "transfer": {*BELOW, "training", "inference"},
+    "planning": {"config", "parametrization", "parallel", "models", "optim", "data", "training"},
 }
 """The table of docs/architecture.md."""
 
@@ -104,7 +105,7 @@ def test_the_table_is_the_documented_one():
 
 def late_package(file: Path) -> str | None:
     """The optional package around which a module is written; such a module is itself imported late."""
-    if file == PACKAGE / "training" / "plot.py":
+    if file in (PACKAGE / "training" / "plot.py", PACKAGE / "transfer" / "plots.py"):
         return "matplotlib"
     return "triton" if file.parent.name == "kernels" and file.stem.endswith("_triton") else None
 

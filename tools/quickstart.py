@@ -192,7 +192,7 @@ def finish(paths: Paths, machine: Machine) -> None:
     loaded = load_model(paths.checkpoints, device="cuda" if torch.cuda.is_available() else "cpu")
     size = sum(p.numel() for p in loaded.model.parameters())
     loss_curve(str(paths.metrics), str(paths.plot), f"quickstart: {size / 1e6:.1f} M parameters")
-    tokenizer = tokenizer_of(loaded)
+    tokenizer = tokenizer_of(loaded.config)
     validation = IndexedDataset(paths.data("validation"))
     stream = np.concatenate([[tokenizer.eod], *(validation.get(i) for i in range(len(validation)))])
     text_bytes = 0

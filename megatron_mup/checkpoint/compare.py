@@ -19,6 +19,12 @@ _NOT_ARCHITECTURE = {
     "embedding_init_method_std",
     "output_layer_init_method_std",
     "weight_decay_rule",
+    "moe_router_bias_update_rate",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_pad_expert_input_to_capacity",
+    "moe_per_layer_logging",
 }
 _RATES = ("lr", "muon_lr", "decoupled_lr", "min_lr", "weight_decay")
 
@@ -27,7 +33,7 @@ def flags_of(kind: Kind) -> list[str]:
     """Names of the settings that make up the model's function, or the schedule of rates and decay."""
     if kind == "schedule":
         return [name for name, setting in settings().items() if setting.section == "schedule"] + list(_RATES)
-    sections = ("model", "parametrization")
+    sections = ("model", "moe", "parametrization")
     return [n for n, s in settings().items() if s.section in sections and n not in _NOT_ARCHITECTURE]
 
 

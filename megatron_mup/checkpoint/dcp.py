@@ -86,6 +86,21 @@ def read_metadata(folder: Path) -> Metadata:
     return FileSystemReader(folder).read_metadata()
 
 
+def read_tensor(folder: Path, metadata: Metadata, key: str) -> torch.Tensor:
+    """One whole tensor of a checkpoint, in the precision in which it is stored. Not collective.
+
+    Raises:
+        KeyError: there is none of this name.
+        ShardError: its file can't be read.
+    """
+    facts = metadata.state_dict_metadata[key]
+    assert isinstance(facts, TensorStorageMetadata)
+    state = {key: torch.empty(facts.size, dtype=facts.properties.dtype)}
+    with _same_error_everywhere():
+        load(state, storage_reader=_Reader(folder, metadata), no_dist=True)
+    return state[key]
+
+
 def chunk_of(piece: Piece) -> ChunkStorageMetadata:
     """Place of a piece in its global tensor."""
     return ChunkStorageMetadata(offsets=torch.Size(piece.offsets), sizes=piece.tensor.shape)
@@ -108,7 +123,7 @@ class _Save(DefaultSavePlanner):
 
     def __init__(self, pieces: list[Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {piece.key: piece for piece in pieces if piece.is_saved}
+        self.pieces = {(piece.key, piece.offsets): piece for piece in pieces if piece.is_saved}
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -123,7 +138,8 @@ class _Save(DefaultSavePlanner):
         return SavePlan(items)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.pieces[index.fqn].tensor
+        assert index.offset is not None
+        return self.pieces[index.fqn, tuple(index.offset)].value()
 
 
 class _Load(DefaultLoadPlanner):

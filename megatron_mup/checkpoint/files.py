@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import uuid
+import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 from megatron_mup.checkpoint import manifest
@@ -83,9 +85,36 @@ def _check_size(file: Path, size: int) -> None:
         raise ConfigError(str(file), f"damaged: it has {actual:,} bytes of {size:,}", fix)
 
 
-def newest_complete(folder: Path, before: int | None = None, skip: Path | None = None) -> Path | None:
+def checksum(file: Path) -> str:
+    """CRC-32 of a file, eight hexadecimal digits: finds every flipped bit, and costs little beside writing."""
+    value = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def flipped(path: Path, facts: manifest.Manifest, part: int = 0, parts: int = 1) -> str | None:
+    """The first file of a checkpoint whose contents aren't what was written, in words.
+
+    Args:
+        path: the checkpoint.
+        facts: its manifest.
+        part, parts: look at every ``parts``-th file only, from the ``part``-th on.
+    """
+    for name in sorted(facts.checksums)[part::parts]:
+        try:
+            actual = checksum(path / name)
+        except OSError as error:
+            return f"{path / name}: can't be read: {reason(error)}"
+        if actual != facts.checksums[name]:
+            return f"{path / name}: damaged: its checksum is {actual} and was {facts.checksums[name]}"
+    return None
+
+
+def newest_complete(folder: Path, before: int | None = None, skip: Collection[Path] = ()) -> Path | None:
     """The complete checkpoint with the highest iteration, below ``before`` if there is one there."""
-    found = [(i, path) for i, path in checkpoints(folder).items() if path != skip]
+    found = [(i, path) for i, path in checkpoints(folder).items() if path not in skip]
     earlier = [path for i, path in found if before is not None and i < before]
     later = [path for i, path in found if before is None or i >= before]
     return next((path for path in [*reversed(earlier), *reversed(later)] if is_complete(path)), None)
@@ -94,7 +123,7 @@ def newest_complete(folder: Path, before: int | None = None, skip: Path | None =
 def other_choice(path: Path, otherwise: str) -> str:
     """What to do when ``path`` can't be loaded: take the last good checkpoint beside it."""
     match = _NAME.fullmatch(path.name)
-    good = newest_complete(path.parent, int(match[1]) if match else None, skip=path)
+    good = newest_complete(path.parent, int(match[1]) if match else None, skip=(path,))
     if good is None:
         return f"{otherwise}; no other complete checkpoint stands beside it"
     return f"the last good checkpoint is {good}: --ckpt-step {int(good.name.removeprefix('iter_'))}"
@@ -133,15 +162,20 @@ def point_to(final: Path) -> None:
     sync(final.parent)
 
 
-def prune(final: Path, keep_last: int) -> None:
+def prune(final: Path, keep_last: int, retain_interval: int | None = None) -> None:
     """Removes checkpoints older than the ``keep_last`` newest complete ones, of which ``final`` is the newest.
+
+    Those of iterations divisible by ``retain_interval`` stay.
 
     Those of later iterations, left by a run that this one went back from, stay until it has passed them.
     """
     kept = 0
-    newest_first = [path for _, path in sorted(checkpoints(final.parent).items(), reverse=True)]
-    for path in newest_first[newest_first.index(final) :]:
+    newest_first = sorted(checkpoints(final.parent).items(), reverse=True)
+    for iteration, path in newest_first[[path for _, path in newest_first].index(final) :]:
+        retained = retain_interval is not None and iteration % retain_interval == 0
         if kept >= keep_last and path != final:
+            if retained:
+                continue
             going = hidden(path, "tmp")
             os.rename(path, going)
             shutil.rmtree(going, ignore_errors=True)

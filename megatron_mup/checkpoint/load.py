@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mup.checkpoint import files, rng
-from megatron_mup.checkpoint.agree import Group, on_all, on_first, rank_of, reason
+from megatron_mup.checkpoint.agree import Group, gathered, on_all, on_first, rank_of, reason
 from megatron_mup.checkpoint.compare import compare_configs, told_differences
 from megatron_mup.checkpoint.dcp import METADATA_FILE, MismatchError, ShardError, read, read_metadata
 from megatron_mup.checkpoint.manifest import Manifest, read_manifest
 from megatron_mup.checkpoint.state import OPTIMIZER, Piece
-from megatron_mup.config import Config, ConfigError
+from megatron_mup.config import Config, ConfigError, from_dict
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +25,8 @@ log = logging.getLogger(__name__)
 def find(folder: str | Path, step: int | None = None, group: Group = None) -> Path | None:
     """The checkpoint to load from a folder: that of ``step``, or the latest. Collective over the group.
 
-    Where the latest is damaged or missing, the newest complete one before it is taken, with a warning.
+    Where the latest is damaged or missing, the newest good one before it is taken, with a warning. Files are read
+    once to compare their checksums, dealt out over the ranks.
 
     Returns:
         Its folder; None when the folder holds no checkpoint at all.
@@ -30,7 +34,18 @@ def find(folder: str | Path, step: int | None = None, group: Group = None) -> Pa
     Raises:
         ConfigError: the checkpoint of ``step`` is missing or damaged; or there are checkpoints and none is complete.
     """
-    return on_first(lambda: _find(Path(folder).absolute(), step), group)
+    root, damage = Path(folder).absolute(), dict[Path, str]()
+    while True:
+        path = on_first(lambda: _find(root, step, damage), group)
+        if path is None:
+            return None
+        flipped = _flipped(path, group)
+        if flipped is None:
+            return path
+        if step is not None:
+            what, _, why = flipped.partition(": ")
+            raise ConfigError(what, why, on_first(partial(files.other_choice, path, "restore the file"), group))
+        damage[path] = flipped
 
 
 def load(path: str | Path, pieces: list[Piece], config: Config | None = None, group: Group = None) -> Manifest:
@@ -53,7 +68,7 @@ def load(path: str | Path, pieces: list[Piece], config: Config | None = None, gr
             may have been written to if files were damaged inside.
     """
     path = Path(path).absolute()
-    manifest, metadata = on_first(lambda: _open(path), group)
+    manifest, metadata = on_first(lambda: open_checkpoint(path), group)
     try:
         read(path, metadata, pieces, group)
     except ShardError as error:
@@ -65,6 +80,18 @@ def load(path: str | Path, pieces: list[Piece], config: Config | None = None, gr
             on_first(lambda: files.other_choice(path, "restore its files"), group),
         ) from None
     return manifest
+
+
+def load_iteration(path: str | Path, group: Group = None) -> int:
+    """Iterations that were done when a checkpoint was saved. Collective."""
+    path = Path(path).absolute()
+    return on_first(lambda: read_manifest(path).iteration, group)
+
+
+def saved_config(path: str | Path, group: Group = None) -> Config:
+    """The configuration that a checkpoint was saved with. Collective."""
+    path = Path(path).absolute()
+    return on_first(lambda: from_dict(read_manifest(path).config, str(path)), group)
 
 
 def load_rng(path: str | Path, layout: dict[str, int], group: Group = None) -> bool:
@@ -80,7 +107,16 @@ def load_rng(path: str | Path, layout: dict[str, int], group: Group = None) -> b
     return True
 
 
-def _find(folder: Path, step: int | None) -> Path | None:
+def _flipped(path: Path, group: Group) -> str | None:
+    """The first file whose contents changed since it was written. Each rank looks at its share. Collective."""
+    facts = on_first(lambda: read_manifest(path), group)
+    ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    found = gathered(files.flipped(path, facts, rank_of(group), ranks), group)
+    return next((problem for problem in found if problem is not None), None)
+
+
+def _find(folder: Path, step: int | None, damage: Mapping[Path, str]) -> Path | None:
+    """The checkpoint to take, other than those that are known to be damaged."""
     try:
         found, latest = files.checkpoints(folder), files.pointed(folder)
     except OSError as error:
@@ -88,13 +124,13 @@ def _find(folder: Path, step: int | None) -> Path | None:
     if step is not None:
         return _of_step(folder, step, found)
     wanted = found.get(latest) if latest is not None else None
-    if wanted is not None and files.is_complete(wanted):
+    if wanted is not None and wanted not in damage and files.is_complete(wanted):
         return wanted
     if latest is None and not found:
         return None
-    good = files.newest_complete(folder, latest)
+    good = files.newest_complete(folder, latest, damage)
     if wanted is not None:
-        problem = _damage(wanted)
+        problem = damage.get(wanted) or _damage(wanted)
     elif latest is not None:
         problem = f"{folder / files.POINTER} names iteration {latest}, which is missing"
     else:
@@ -123,7 +159,12 @@ def _damage(path: Path) -> str:
     return f"{path} can't be read"
 
 
-def _open(path: Path) -> tuple[Manifest, Metadata]:
+def open_checkpoint(path: Path) -> tuple[Manifest, Metadata]:
+    """Facts of a checkpoint, and where its tensors lie. Not collective.
+
+    Raises:
+        ConfigError: it is incomplete or damaged.
+    """
     manifest = files.check_complete(path)
     try:
         return manifest, read_metadata(path)

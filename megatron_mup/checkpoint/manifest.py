@@ -13,7 +13,7 @@ import torch
 from megatron_mup import __version__
 from megatron_mup.checkpoint.agree import reason
 from megatron_mup.config import ConfigError
-from megatron_mup.parallel.mesh import AXES, Mesh
+from megatron_mup.parallel.mesh import AXES, EXPERT_AXES, Mesh
 
 FORMAT_VERSION = 1
 FILE = "manifest.json"
@@ -21,7 +21,8 @@ FILE = "manifest.json"
 
 def layout_sizes(mesh: Mesh) -> dict[str, int]:
     """Ranks along each axis of the mesh."""
-    return {axis: mesh.size(axis) for axis in AXES}
+    expert_axes = EXPERT_AXES if mesh.experts is not None else ()
+    return {axis: mesh.size(axis) for axis in (*AXES, *expert_axes)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Manifest:
         layout: ranks along each axis (`layout_sizes`).
         extra: whatever else a run wants to find again.
         files: name to size in bytes, of every other file of the checkpoint; set when it is saved.
+        checksums: name to CRC-32 in hexadecimal of the same files; empty in checkpoints of versions that made none.
         versions: of the programs that wrote it.
         format_version: of this layout of files.
     """
@@ -49,6 +51,7 @@ class Manifest:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(
         default_factory=lambda: {"torch": torch.__version__, "megatron_mup": __version__}
     )
@@ -84,6 +87,7 @@ def read_manifest(path: str | Path) -> Manifest:
             "load it with the megatron_mup that wrote it",
         )
     known = {f.name for f in fields(Manifest)}
+    values.setdefault("checksums", {})
     missing = known - set(values)
     if missing or not isinstance(values["files"], dict):
         raise ConfigError(str(file), f"lacks {', '.join(sorted(missing)) or 'its list of files'}", other)

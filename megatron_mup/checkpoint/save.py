@@ -23,7 +23,13 @@ log = logging.getLogger(__name__)
 
 
 def save(
-    folder: str | Path, pieces: list[Piece], manifest: Manifest, keep_last: int | None = None, group: Group = None
+    folder: str | Path,
+    pieces: list[Piece],
+    manifest: Manifest,
+    keep_last: int | None = None,
+    group: Group = None,
+    rng_state: dict[str, Any] | None = None,
+    retain_interval: int | None = None,
 ) -> Path:
     """Saves a checkpoint of ``manifest.iteration`` and makes it the latest. Collective over the group.
 
@@ -33,6 +39,8 @@ def save(
         manifest: facts of the checkpoint, the same on all ranks; its list of files is filled in here.
         keep_last: number of newest checkpoints to keep; None keeps all.
         group: the ranks that save; None means all.
+        rng_state: of this rank's generators; None takes it now.
+        retain_interval: checkpoints of iterations divisible by this are kept beside the newest.
 
     Returns:
         The checkpoint's folder.
@@ -46,8 +54,9 @@ def save(
     try:
         on_all(lambda: _check_shared(temporary, group), group)
         write(temporary, pieces, group)
-        states = gathered(rng.rng_state(), group)
-        on_first(lambda: _told(root, lambda: _finish(temporary, final, manifest, states)), group)
+        states = gathered(rng_state or rng.rng_state(), group)
+        sums = gathered(on_all(lambda: _checksums(temporary, rank_of(group)), group), group)
+        on_first(lambda: _told(root, lambda: _finish(temporary, final, manifest, states, sums)), group)
     except ShardError as error:
         _drop(temporary, group)
         raise _unwritable(root, f"on rank {error.rank}, {reason(error.cause)}") from None
@@ -56,7 +65,7 @@ def save(
         raise
     if keep_last is not None and rank_of(group) == 0:
         try:
-            files.prune(final, keep_last)
+            files.prune(final, keep_last, retain_interval)
         except OSError as error:
             log.warning("old checkpoints in %s can't be removed: %s", root, reason(error))
     return final
@@ -90,17 +99,31 @@ def _check_shared(temporary: Path, group: Group) -> None:
         )
 
 
-def _finish(temporary: Path, final: Path, manifest: Manifest, states: list[dict[str, Any]]) -> None:
+def _checksums(temporary: Path, rank: int) -> dict[str, str]:
+    """Checksums of the files that this rank wrote."""
+    return {file.name: files.checksum(file) for file in sorted(temporary.glob(f"__{rank}_*"))}
+
+
+def _finish(
+    temporary: Path,
+    final: Path,
+    manifest: Manifest,
+    states: list[dict[str, Any]],
+    sums: list[dict[str, str]],
+) -> None:
     """Adds the small files, then makes the folder a checkpoint, then the latest. Runs on rank 0."""
     rng.write_states(temporary, states)
-    sizes = {}
+    known = {name: value for one in sums for name, value in one.items()}
+    sizes, checksums = {}, {}
     for path in sorted(temporary.iterdir()):
         sizes[path.name] = path.stat().st_size
         if not sizes[path.name]:
             # DCP makes a file for a rank to which it dealt nothing.
             path.unlink()
             del sizes[path.name]
-    files.write_text(temporary / FILE, replace(manifest, files=sizes).to_json())
+            continue
+        checksums[path.name] = known.get(path.name) or files.checksum(path)
+    files.write_text(temporary / FILE, replace(manifest, files=sizes, checksums=checksums).to_json())
     files.sync(temporary / rng.FILE)
     files.publish(temporary, final)
     files.point_to(final)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,26 @@ class Piece:
         """Whether this rank offers the piece for saving."""
         return not self.is_copy and self.tensor.numel() > 0
 
+    def value(self) -> torch.Tensor:
+        """What is written."""
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class LazyPiece(Piece):
+    """A shard that is made when it is written, so that a large model passes through little memory.
+
+    Attributes:
+        tensor: on the meta device.
+        make: makes the shard.
+    """
+
+    make: Callable[[], torch.Tensor] = field(kw_only=True)
+
+    def value(self) -> torch.Tensor:
+        """What is written."""
+        return self.make()
+
 
 def checkpoint_pieces(
     params: Iterable[MainParam], optimizer_state: Mapping[str, tuple[MainParam, torch.Tensor]] | None = None
@@ -56,6 +76,11 @@ def checkpoint_pieces(
     for name, (param, tensor) in (optimizer_state or {}).items():
         pieces.append(_piece(f"{OPTIMIZER}/{name.partition('/')[0]}", param, tensor))
     return pieces
+
+
+def whole_piece(key: str, tensor: torch.Tensor) -> Piece:
+    """A tensor that each rank that has it holds whole."""
+    return Piece(key, tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 def _piece(prefix: str, param: MainParam, tensor: torch.Tensor) -> Piece:

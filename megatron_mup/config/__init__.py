@@ -5,8 +5,10 @@ from megatron_mup.config.cli import ParsedConfig, parse_config
 from megatron_mup.config.config import Config
 from megatron_mup.config.data import DataConfig
 from megatron_mup.config.errors import ConfigError
+from megatron_mup.config.guard import GuardConfig
 from megatron_mup.config.logging import LoggingConfig
 from megatron_mup.config.model import ModelConfig
+from megatron_mup.config.moe import MoEConfig
 from megatron_mup.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron_mup.config.parallel import ParallelConfig
 from megatron_mup.config.parametrization import ParametrizationConfig
@@ -22,7 +24,9 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "GuardConfig",
     "LoggingConfig",
+    "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -15,7 +15,8 @@ class Alias:
         flag: spelling without leading dashes.
         renames: setting of which this is another name.
         sets: values that the switch stands for.
-        convert: settings that a number after the flag stands for. Raises ValueError.
+        convert: settings that a value after the flag stands for. Raises ValueError.
+        takes: values that ``convert`` knows, in words, and one of them.
         only: the one value that may follow the flag.
         needs: setting that must be given too.
         excludes: setting and value that it contradicts.
@@ -26,6 +27,7 @@ class Alias:
     renames: str = ""
     sets: Mapping[str, str] = field(default_factory=dict)
     convert: Callable[[str], Mapping[str, str]] | None = None
+    takes: tuple[str, str] = ("a number", "0.2")
     only: str | None = None
     needs: str = ""
     excludes: tuple[str, object] | None = None
@@ -60,6 +62,14 @@ def _matched_rms(value: str) -> Mapping[str, str]:
     return {"muon_scale_mode": "match_rms_adamw", "muon_extra_scale_factor": repr(float(value) / 0.2)}
 
 
+def _tp_mode(value: str) -> Mapping[str, str]:
+    """Megatron-LM's modes; duplicated gives what owner gives, with the work dealt out instead of repeated."""
+    modes = {"duplicated": "owner", "blockwise": "local", "distributed": "gram"}
+    if value not in modes:
+        raise ValueError(value)
+    return {"muon_distributed_mode": modes[value]}
+
+
 _FUSED = "fusions are the kernels' own business and change no result"
 _OVERLAP = "communication overlaps by itself"
 _SHARDED = "checkpoints are saved and loaded in parallel by all ranks"
@@ -86,6 +96,12 @@ _TABLE = (
     Alias(flag="use-rotary-position-embeddings", sets={"position_embedding_type": "rope"}),
     Alias(flag="use-flash-attn", sets={"attention_backend": "flash"}),
     Alias(flag="muon-no-split-qkv", sets={"muon_split_qkv": "False"}),
+    Alias(
+        flag="muon-tp-mode",
+        convert=_tp_mode,
+        takes=("duplicated, blockwise or distributed", "duplicated"),
+        note="--muon-distributed-mode owner (duplicated), local (blockwise), gram (distributed)",
+    ),
     Alias(flag="group-query-attention", needs="num_query_groups"),
     # Megatron-LM: what holds here anyway
     Alias(
@@ -106,7 +122,16 @@ _TABLE = (
     Alias(flag="ckpt-fully-parallel-save", note=_SHARDED),
     Alias(flag="ckpt-fully-parallel-load", note=_SHARDED),
     Alias(flag="context-parallel-size", only="1", note="the sequence is not split over ranks in attention"),
-    Alias(flag="expert-model-parallel-size", only="1", note="there are no experts"),
+    Alias(
+        flag="expert-tensor-parallel-size",
+        only="1",
+        note="ranks share out whole experts (--expert-model-parallel-size); none is split",
+    ),
+    Alias(flag="moe-router-dtype", only="fp32", note="the router computes in fp32"),
+    Alias(flag="moe-token-dispatcher-type", only="alltoall", note="there is one dispatcher"),
+    Alias(flag="moe-grouped-gemm", note="experts of a rank are one grouped product on a GPU"),
+    Alias(flag="moe-permute-fusion", note=_FUSED),
+    Alias(flag="moe-router-fusion", note=_FUSED),
     Alias(flag="overlap-grad-reduce", note=_OVERLAP),
     Alias(flag="overlap-param-gather", note=_OVERLAP),
     Alias(flag="no-create-attention-mask-in-dataloader", note="the loader makes no attention mask"),

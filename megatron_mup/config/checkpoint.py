@@ -13,10 +13,17 @@ class CheckpointConfig:
     """Folder to save to."""
     load: str | None = None
     """Folder to resume from. A folder without a checkpoint starts a new run."""
+    pretrained_checkpoint: str | None = None
+    """Folder of a checkpoint whose weights start a new run, as --finetune does, while --load holds no checkpoint."""
     save_interval: int | None = None
     """Iterations between saves. The last iteration is always saved."""
     keep_last: int | None = None
     """Keep only so many newest checkpoints. Default: all."""
+    save_retain_interval: int | None = None
+    """Checkpoints of iterations divisible by this stay for good, beside those that --keep-last keeps (default then:
+    1)."""
+    async_save: bool = False
+    """Save in the background: training waits only while weights and optimizer state are copied to host memory."""
     ckpt_step: int | None = None
     """Iteration to load. Default: the latest."""
     exit_on_missing_checkpoint: bool = False

@@ -193,3 +193,9 @@ def multiples(value: int, of: int) -> str:
     """The multiples of ``of`` around ``value``, in words."""
     below = value // of * of
     return f"{below} or {below + of}" if below else str(of)
+
+
+def choices(values: list[int]) -> str:
+    """A few numbers in words, of many the smallest."""
+    shown = [str(value) for value in values[:8]]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"

@@ -130,7 +130,8 @@ def _meant(alias: Alias, tokens: tuple[str, ...], where: str) -> dict[str, tuple
         try:
             return {name: (value,) for name, value in alias.convert(tokens[0]).items()}
         except ValueError:
-            raise ConfigError(where, "takes a number", f"write --{alias.flag} 0.2, for example") from None
+            known, example = alias.takes
+            raise ConfigError(where, f"takes {known}", f"write --{alias.flag} {example}, for example") from None
     if tokens[0] != alias.only:
         raise ConfigError(where, f"only {alias.only} works here: {alias.note}", f"drop --{alias.flag}")
     return {}

@@ -11,6 +11,9 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Iterations between log lines."""
+    diagnostics_interval: int | None = None
+    """Iterations between diagnoses of the steady state: sizes of activations, updates, singular values and epsilon.
+    Each costs about a third of a step. Default: none."""
     progress: bool = True
     """Progress bar on a terminal."""
     tensorboard_dir: str | None = None

@@ -30,8 +30,18 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rotary_percent: float = 1.0
     """Share of each head's channels that is rotated."""
+    use_rope_scaling: bool = False
+    """Stretch the slow rotary frequencies for long contexts, as Llama 3.1 does."""
+    rope_scaling_factor: float = 8.0
+    """By how much --use-rope-scaling stretches them."""
+    window_size: int | None = None
+    """Sliding-window attention: each token sees itself and so many tokens before it. Default: all before it."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Kind of norm in front of each branch and of the head."""
+    norm_position: Literal["pre", "post-branch"] = "pre"
+    """Norm in front of each branch, or as its last operation (Swin v2, arXiv 2111.09883)."""
+    norm_affine: bool = True
+    """Trainable gains (and LayerNorm's biases) of the norms in the layers and in front of the output layer."""
     norm_epsilon: float = 1e-5
     """Added to the variance inside the norms."""
     swiglu: bool = False

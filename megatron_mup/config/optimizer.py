@@ -10,9 +10,14 @@ from typing import Literal
 class OptimizerConfig:
     """Optimizer."""
 
-    optimizer: Literal["adam", "muon", "normuon", "muonsphere", "spectral_sphere", "scion"] = "adam"
+    optimizer: Literal["adam", "muon", "normuon", "muonsphere", "spectral_sphere", "scion", "dion"] = "adam"
     """adam: AdamW for everything; the others for the hidden matrices (scion: embedding and output layer too), with
     --scalar-optimizer for the rest."""
+    optimizer_switch_at: int | None = None
+    """Iteration at which --optimizer takes over; AdamW trains everything before. Xmodel-2.5 changes to Muon where the
+    decay of the learning rate begins. Default: --optimizer from the start."""
+    optimizer_switch_carry_state: bool = False
+    """At --optimizer-switch-at begin with AdamW's state instead of zeros: its first moment becomes the momentum."""
     scalar_optimizer: Literal["adam", "lion", "adam_atan2", "ademamix"] = "adam"
     """What trains the parameters that a matrix optimizer leaves. adam: AdamW."""
     lr: float = 3e-4
@@ -48,36 +53,52 @@ class OptimizerConfig:
     ademamix_warmup_iters: int | None = None
     """Iterations over which the two above grow to their values. Default: all of the run."""
     muon_momentum: float | None = None
-    """Decay of the matrix optimizer's momentum. Default: 0.95 for muon and normuon, 0.9 for the others."""
+    """Decay of the matrix optimizer's momentum. Default: 0.95 for muon, normuon and dion, 0.9 for the
+    others."""
     muon_momentum_style: Literal["ema", "sum"] = "ema"
     """ema: M = beta M + (1 - beta) G; sum: M = beta M + G. The steps are the same; the saved momentum is not."""
     muon_nesterov: bool = True
-    """Nesterov form of the matrix optimizer's momentum; scion has none."""
+    """Nesterov form of the matrix optimizer's momentum; scion and dion have none."""
     muon_scale_mode: Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms_adamw"] = "unit_rms_norm"
-    """Factor on Muon's orthonormal update of an [out, in] matrix: sqrt(out/in); sqrt(max(out, in));
+    """Factor on Muon's (NorMuon's, Dion's) orthonormal update of an [out, in] matrix: sqrt(out/in); sqrt(max(out, in));
     sqrt(max(1, out/in)); 0.2 sqrt(max(out, in))."""
     muon_extra_scale_factor: float = 1.0
     """Another factor on Muon's update."""
     muon_num_ns_steps: int | None = None
     """Newton-Schulz steps. Default: 5; 8 for muonsphere and spectral_sphere."""
-    muon_coefficient_type: Literal["quintic", "simple", "jordan", "polar_express"] | None = None
+    muon_coefficient_type: Literal["quintic", "simple", "jordan", "polar_express", "cans", "generated"] | None = None
     """Newton-Schulz coefficients: quintic (YouJiacheng's), simple and jordan (Keller Jordan's), polar_express
-    (arXiv 2505.16932). Default: quintic; polar_express for muonsphere and spectral_sphere."""
+    (arXiv 2505.16932), cans (arXiv 2506.10935; no room for bf16's rounding), generated (the best for
+    --muon-coefficient-lower and these steps). Default: quintic; polar_express for muonsphere and spectral_sphere."""
+    muon_coefficient_safety: float = 1.01
+    """polar_express and generated: singular values up to this times 1 do no harm. bf16 needs some."""
+    muon_coefficient_lower: float = 1e-3
+    """generated: smallest singular value that the coefficients are made for, as a share of the Frobenius norm."""
     muon_split_qkv: bool = True
     """Orthonormalize query, key and value apart, each over all its heads."""
+    muon_split_heads: bool = False
+    """Orthonormalize each head of query, key and value apart, with the scale of its own shape."""
     muon_split_fc1: bool = True
     """Orthonormalize gate and up apart."""
+    muon_moe_router: bool = False
+    """Train the routers of MoE layers by the matrix optimizer too, instead of --scalar-optimizer."""
+    muon_distributed_mode: Literal["owner", "local", "gram"] = "owner"
+    """How muon orthonormalizes matrices that ranks share. owner: whole, each on one rank. local: each tensor-parallel
+    shard by itself, which makes the step depend on the number of tensor ranks. gram: in place, by sums of Gram
+    matrices, where ranks cut the long side."""
     muon_ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of Newton-Schulz. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of Newton-Schulz (of Dion's products) and of what travels. auto: bf16 on a GPU, fp32 on a CPU."""
     normuon_beta2: float = 0.95
     """Decay of NorMuon's row variances."""
+    dion_rank_fraction: float = 0.25
+    """Rank of Dion's update, as a share of a matrix's short side."""
     sphere_radius: float = 1.0
     """Factor c of the spectral norm c sqrt(out/in) that muonsphere and spectral_sphere give each matrix."""
     sphere_retraction: Literal["hard", "dynamic"] = "hard"
     """How matrices return to the sphere before each step. hard: W R / sigma; dynamic: W (1 + wd lr sign(R - sigma))
     with the weight decay wd."""
-    sphere_solver_steps: int = 8
-    """Evaluations in spectral_sphere's search for the tangent direction."""
+    sphere_solver_steps: int = 5
+    """Rounds of spectral_sphere's search for the tangent direction; each narrows it eightfold."""
     scion_constrained: bool = True
     """Keep scion's weights inside their balls: W = (1 - lr) W before each step."""
     scion_radius: float = 50.0
@@ -88,6 +109,12 @@ class OptimizerConfig:
     """Radius of an untied embedding under scion: the root mean square of a token's vector."""
     print_optimizer_plan: bool = False
     """Print which rank orthonormalizes which matrix, and how evenly the work is dealt."""
+
+    @property
+    def coefficient_type(self) -> str:
+        """``--muon-coefficient-type``, default resolved."""
+        sphere = self.optimizer in ("muonsphere", "spectral_sphere")
+        return self.muon_coefficient_type or ("polar_express" if sphere else "quintic")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ class ParallelConfig:
     """Ranks that share each matrix."""
     sequence_parallel: bool = False
     """Shard norms, dropout and the residual stream over the tensor-parallel ranks along the sequence."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share out the experts of a layer. They are the stage's tensor- and data-parallel ranks, laid out
+    anew, so this size multiplies no number of ranks."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages."""
     decoder_first_pipeline_num_layers: int | None = None

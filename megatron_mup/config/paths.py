@@ -52,12 +52,15 @@ def _probe(what: str, folder: str) -> None:
 
 def _check_load(config: Config) -> None:
     checkpoint = config.checkpoint
+    pretrained = checkpoint.pretrained_checkpoint
+    if pretrained is not None and not (_exists(pretrained) and os.path.isdir(pretrained) and os.listdir(pretrained)):
+        raise ConfigError(told(config, "pretrained_checkpoint"), "the folder is missing or empty", "correct the path")
     if checkpoint.load is None:
         return
     if _exists(checkpoint.load) and not os.path.isdir(checkpoint.load):
         raise ConfigError(told(config, "load"), "is a file", "give the folder that --save wrote to")
     for name in ("exit_on_missing_checkpoint", "finetune", "ckpt_step"):
-        needed = value_of(config, name) not in (None, False)
+        needed = value_of(config, name) not in (None, False) and not (name == "finetune" and pretrained)
         if needed and not (_exists(checkpoint.load) and os.listdir(checkpoint.load)):
             fix = "correct --load" if name == "finetune" else f"correct --load, or drop {told(config, name)}"
             raise ConfigError(told(config, "load", name), "the folder is missing or empty", fix)

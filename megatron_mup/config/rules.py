@@ -6,8 +6,9 @@ import math
 
 from megatron_mup.config.config import Config
 from megatron_mup.config.errors import ConfigError
-from megatron_mup.config.fields import as_number, divisors, multiples, settings, told
+from megatron_mup.config.fields import as_number, choices, divisors, multiples, settings, told
 from megatron_mup.config.pipeline import stage_layers
+from megatron_mup.config.scheme_rules import check_horizon, check_rule_of_optimizer, check_scheme
 
 
 def check_model(config: Config) -> None:
@@ -24,7 +25,7 @@ def check_model(config: Config) -> None:
         raise ConfigError(
             told(config, "num_attention_heads", "num_query_groups"),
             f"{heads} query heads don't divide by {groups} key/value heads",
-            f"use --num-query-groups {_choices(divisors(heads))}",
+            f"use --num-query-groups {choices(divisors(heads))}",
         )
     if model.position_embedding_type == "rope" and (model.rotary_dim < 2 or model.rotary_dim % 2):
         raise ConfigError(
@@ -53,7 +54,7 @@ def check_layout(config: Config, world_size: int) -> None:
             told(config, "tensor_model_parallel_size", "pipeline_model_parallel_size"),
             f"one copy of the model takes {tp} x {pp} = {tp * pp} ranks, but {world_size} is no multiple of it",
             f"start {multiples(world_size, tp * pp)} ranks, or choose sizes with a product of "
-            f"{_choices(divisors(world_size))}",
+            f"{choices(divisors(world_size))}",
         )
     if model.num_attention_heads % tp:
         raise _not_by_tp(config, "num_attention_heads", model.num_attention_heads, "query heads")
@@ -114,7 +115,7 @@ def _check_sharding(config: Config, world_size: int) -> None:
         raise ConfigError(
             told(config, "num_distributed_optimizer_instances"),
             f"{dp} data-parallel ranks don't divide by {instances}",
-            f"use {_choices(divisors(dp))}",
+            f"use {choices(divisors(dp))}",
         )
 
 
@@ -182,7 +183,7 @@ def _check_rampup(config: Config, batch: int, step: int, unit: str) -> None:
         raise ConfigError(
             shown,
             f"steps of {increment} from {start} don't reach {batch}",
-            f"use an INCREMENT of {_choices([d for d in divisors(batch - start) if d % step == 0])}",
+            f"use an INCREMENT of {choices([d for d in divisors(batch - start) if d % step == 0])}",
         )
 
 
@@ -240,29 +241,39 @@ def _check_tail(config: Config, unit: str, length: int, warmup: float) -> None:
 
 
 def check_parametrization(config: Config) -> None:
-    """Multipliers that fight over one place."""
+    """Multipliers that fight over one place, and what the parametrization has no rule for."""
     rules, model = config.parametrization, config.model
     if rules.depth_alpha not in (0.5, 1.0):
         raise ConfigError(told(config, "depth_alpha"), "the rules are known for 0.5 and 1", "use one of them")
-    for name in ("mup_attention_residual_scale", "mup_ffn_residual_scale"):
-        if getattr(rules, name) is not None and rules.parametrization == "completep":
-            raise ConfigError(
-                told(config, name, "parametrization"),
-                "its 1 / sqrt(layers) takes the place of CompleteP's depth rule",
-                "use --mup-residual-mult with CompleteP, or --parametrization mup",
-            )
     if model.softmax_scale is not None and rules.mup_attention_mult != 1:
         raise _contradiction(config, "softmax_scale", "mup_attention_mult", "--softmax-scale is the whole factor")
+    check_scheme(config)
+    check_rule_of_optimizer(config)
+    check_horizon(config)
 
 
 def check_optimizer(config: Config) -> None:
-    """Optimizers where their rules are known."""
+    """Settings of optimizers among themselves."""
     flags = config.optimizer
-    if flags.optimizer == "scion" and config.parametrization.parametrization != "standard":
+    if flags.muon_split_heads and not flags.muon_split_qkv:
+        raise _contradiction(config, "muon_split_heads", "muon_split_qkv", "heads are parts of query, key and value")
+    if flags.optimizer_switch_at is not None and flags.optimizer == "adam":
         raise ConfigError(
-            told(config, "optimizer", "parametrization"),
-            "Scion's norms follow width by themselves; the scheme's factor on the logits would count it twice",
-            "use --parametrization standard with scion; its learning rate carries over between widths as it is",
+            told(config, "optimizer_switch_at", "optimizer"),
+            "AdamW comes before the switch; nothing is named that comes after it",
+            "add --optimizer muon (or another), or drop --optimizer-switch-at",
+        )
+    if flags.optimizer_switch_carry_state and flags.optimizer == "dion":
+        raise ConfigError(
+            told(config, "optimizer_switch_carry_state", "optimizer"),
+            "Dion's momentum is a sum of what its updates have left over, which AdamW has no counterpart of",
+            "drop --optimizer-switch-carry-state",
+        )
+    if flags.muon_distributed_mode != "owner" and flags.optimizer not in ("adam", "muon"):
+        raise ConfigError(
+            told(config, "muon_distributed_mode", "optimizer"),
+            "only muon's rule is known without whole matrices",
+            "use --muon-distributed-mode owner, or --optimizer muon",
         )
     sphere = flags.optimizer in ("muonsphere", "spectral_sphere")
     if sphere and flags.sphere_retraction == "dynamic" and flags.weight_decay == 0:
@@ -284,6 +295,12 @@ def check_kernels(config: Config) -> None:
         raise ConfigError(
             told(config, "attention_backend", "reset_attention_mask"),
             "FlashAttention takes no mask of documents",
+            "use --attention-backend auto",
+        )
+    if backend == "flash" and config.model.window_size is not None:
+        raise ConfigError(
+            told(config, "attention_backend", "window_size"),
+            "PyTorch's FlashAttention takes no window",
             "use --attention-backend auto",
         )
 
@@ -381,11 +398,14 @@ def check_checkpoint(config: Config) -> None:
     """What is saved and loaded."""
     checkpoint = config.checkpoint
     for name, needs in (("save_interval", "save"), ("ckpt_step", "load"), ("finetune", "load")):
+        if name == "finetune" and checkpoint.pretrained_checkpoint is not None:
+            continue
         if getattr(checkpoint, name) not in (None, False) and getattr(checkpoint, needs) is None:
             raise ConfigError(told(config, name), f"there is no --{needs} folder", f"give --{needs} FOLDER, or drop it")
-    for name in ("save", "load"):
+    for name in ("save", "load", "pretrained_checkpoint"):
         if getattr(checkpoint, name) == "":
-            raise ConfigError(f"--{name} ''", "an empty path is no folder", f"give --{name} FOLDER, or drop it")
+            flag = settings()[name].flag
+            raise ConfigError(f"{flag} ''", "an empty path is no folder", f"give {flag} FOLDER, or drop it")
 
 
 def _not_by_tp(config: Config, name: str, value: int, things: str) -> ConfigError:
@@ -394,15 +414,9 @@ def _not_by_tp(config: Config, name: str, value: int, things: str) -> ConfigErro
         f"{settings()[name].shown(value)}, {told(config, 'tensor_model_parallel_size')}",
         f"{value} {things} don't divide by {tp} tensor-parallel ranks",
         f"use {settings()[name].flag} {multiples(value, tp)}, or --tensor-model-parallel-size "
-        f"{_choices(divisors(value))}",
+        f"{choices(divisors(value))}",
     )
 
 
 def _contradiction(config: Config, one: str, two: str, why: str) -> ConfigError:
     return ConfigError(told(config, one, two), f"contradict each other: {why}", "drop one of them")
-
-
-def _choices(values: list[int]) -> str:
-    """A few numbers in words, of many the smallest."""
-    shown = [str(value) for value in values[:8]]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"

@@ -11,6 +11,7 @@ import yaml
 from megatron_mup.config.config import Config
 from megatron_mup.config.errors import ConfigError
 from megatron_mup.config.fields import nearest, sections, settings
+from megatron_mup.config.scheme_rules import FOLLOWS_DEPTH
 
 
 class _Dumper(yaml.SafeDumper):
@@ -75,6 +76,7 @@ def resolved(config: Config, world_size: int) -> dict[str, dict[str, Any]]:
             "kv_channels": model.head_dim,
             "embedding_init_method_std": model.init_method_std,
         },
+        "moe": {"moe_ffn_hidden_size": config.expert_ffn_size} if config.moe.num_experts else {},
         "optimizer": {"decoupled_lr": optimizer.lr},
         "training": {"global_batch_size": config.global_batch_size(world_size)},
     }
@@ -103,7 +105,7 @@ def resolved(config: Config, world_size: int) -> dict[str, dict[str, Any]]:
 def _base_sizes(config: Config) -> dict[str, int | None]:
     """Sizes of the base model as far as the parametrization reads them."""
     model, rules = config.model, config.parametrization
-    if rules.parametrization == "standard":
+    if rules.parametrization in ("standard", "umup"):
         return {}
     hidden = rules.mup_base_hidden_size or model.hidden_size
     head = rules.mup_base_head_dim or model.head_dim
@@ -115,7 +117,9 @@ def _base_sizes(config: Config) -> dict[str, int | None]:
         ),
         "mup_base_head_dim": head,
     }
-    if rules.parametrization == "completep":
+    if config.moe.num_experts:
+        sizes["mup_base_moe_ffn_hidden_size"] = _whole(config.expert_ffn_size * hidden, model.hidden_size)
+    if rules.parametrization in FOLLOWS_DEPTH:
         sizes["base_num_layers"] = model.num_layers
     return sizes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from megatron_mup.config import scheme_rules
 from megatron_mup.config.config import Config
 from megatron_mup.config.fields import settings, told
 
@@ -25,29 +26,41 @@ def _names(*prefixes: str) -> list[str]:
 def _rules(config: Config, world_size: int) -> Iterable[tuple[list[str], bool, str]]:
     """Settings, whether they are idle, and why."""
     yield from _model(config)
+    yield from _experts(config)
     yield from _learning(config)
     yield from _layout(config, world_size)
     yield from _run(config)
 
 
 def _model(config: Config) -> Iterable[tuple[list[str], bool, str]]:
-    model, rules = config.model, config.parametrization
+    model = config.model
     kind = model.position_embedding_type
-    yield ["rotary_base", "rotary_percent"], kind != "rope", f"positions are {kind}, not rope"
+    rotary = ["rotary_base", "rotary_percent", "use_rope_scaling", "rope_scaling_factor"]
+    yield rotary, kind != "rope", f"positions are {kind}, not rope"
+    yield ["rope_scaling_factor"], not model.use_rope_scaling, "there is no --use-rope-scaling"
+    wide = model.window_size is not None and model.window_size >= config.training.seq_length - 1
+    yield ["window_size"], wide, "the window is as long as the sequence"
     table = "only --position-embedding-type learned_absolute has a position table"
     yield ["max_position_embeddings"], kind != "learned_absolute", table
     yield ["add_qkv_bias"], model.add_qkv_bias and model.linear_bias, "all linear layers have biases"
     tied = not model.untie_embeddings_and_output_weights
     yield ["output_layer_init_method_std"], tied, "the output layer is tied to the embedding"
     yield ["decay_output_layer"], tied, "the output layer is tied; --decay-embeddings decides"
-    base, standard = _names("mup_base_"), rules.parametrization == "standard"
-    yield base, standard, "--parametrization standard has no base model"
-    yield ["base_num_layers", "depth_alpha"], rules.parametrization != "completep", "only CompleteP looks at depth"
-    given = [name for name in [*base, "base_num_layers"] if getattr(rules, name) is not None]
-    own = "without --mup-base-hidden-size (or another base size) the base is this model, all ratios are 1"
-    yield ["parametrization"], not standard and not given, own
-    scales = rules.mup_attention_residual_scale is not None and rules.mup_ffn_residual_scale is not None
-    yield ["mup_residual_mult"], scales, "both residual scales are given and take its place"
+    yield from scheme_rules.idle(config)
+
+
+def _experts(config: Config) -> Iterable[tuple[list[str], bool, str]]:
+    moe = config.moe
+    none = moe.num_experts is None
+    names = [*_names("moe_"), "muon_moe_router", "mup_base_moe_ffn_hidden_size"]
+    yield names, none, "there are no experts"
+    yield ["moe_router_pre_softmax"], moe.moe_router_score_function == "sigmoid", "the scores are sigmoids"
+    yield ["moe_router_bias_update_rate"], not moe.moe_router_enable_expert_bias, "there is no expert bias"
+    kind, off = moe.moe_router_load_balancing_type, moe.moe_aux_loss_coeff == 0
+    yield ["moe_aux_loss_coeff"], kind == "none" and not off, "the balancing type is none"
+    yield ["moe_router_load_balancing_type"], kind != "none" and off, "--moe-aux-loss-coeff is 0"
+    unlimited = moe.moe_expert_capacity_factor is None
+    yield ["moe_token_drop_policy"], unlimited, "experts have no capacity, so no token is dropped"
 
 
 def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
@@ -55,8 +68,20 @@ def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     name = f"the optimizer is {optimizer.optimizer}"
     matrix_only = [*_names("muon_"), "scalar_optimizer", "print_optimizer_plan"]
     yield matrix_only, optimizer.optimizer == "adam", name
-    yield ["muon_scale_mode", "muon_extra_scale_factor"], optimizer.optimizer not in ("muon", "normuon"), name
-    yield ["muon_nesterov"], optimizer.optimizer == "scion", name
+    scaled = ("muon", "normuon", "dion")
+    yield ["muon_scale_mode", "muon_extra_scale_factor"], optimizer.optimizer not in scaled, name
+    yield ["muon_nesterov"], optimizer.optimizer in ("scion", "dion"), name
+    local = optimizer.muon_distributed_mode == "local" and config.parallel.tensor_model_parallel_size == 1
+    yield ["muon_distributed_mode"], local, "the tensor-parallel size is 1"
+    newton_schulz = ["muon_momentum_style", "muon_num_ns_steps", *_names("muon_coefficient_")]
+    yield newton_schulz, optimizer.optimizer == "dion", name
+    kind = optimizer.coefficient_type
+    coefficients = f"the coefficients are {kind}"
+    yield ["muon_coefficient_safety"], kind not in ("polar_express", "generated"), coefficients
+    yield ["muon_coefficient_lower"], kind != "generated", coefficients
+    no_switch = optimizer.optimizer_switch_at is None
+    yield ["optimizer_switch_carry_state"], no_switch, "there is no --optimizer-switch-at"
+    yield _names("dion_"), optimizer.optimizer != "dion", name
     yield _names("normuon_"), optimizer.optimizer != "normuon", name
     yield _names("sphere_"), optimizer.optimizer not in ("muonsphere", "spectral_sphere"), name
     yield ["sphere_solver_steps"], optimizer.optimizer == "muonsphere", name
@@ -110,10 +135,13 @@ def _run(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield ["split"], not data.data_path, "only --data-path is split"
     yield ["data_cache_path"], data.mock_data, "synthetic data has no cache"
     no_save, no_load = checkpoint.save is None, checkpoint.load is None
-    yield ["keep_last", "no_save_optim"], no_save, "there is no --save folder"
+    yield ["keep_last", "save_retain_interval", "async_save", "no_save_optim"], no_save, "there is no --save folder"
     loads = ["exit_on_missing_checkpoint", "override_opt_param_scheduler", *_names("no_load_")]
     yield loads, no_load, "there is no --load folder"
     fresh = "--finetune loads weights only"
     yield ["override_opt_param_scheduler", *_names("no_load_")], checkpoint.finetune, fresh
+    guards = ["spike_sigma", "spike_window", "max_rollbacks"]
+    yield guards, config.guard.max_skipped_steps == 0, "without --max-skipped-steps no step is left out"
+    yield ["spike_window"], config.guard.spike_sigma is None, "without --spike-sigma no step is a spike"
     wandb = ["wandb_exp_name", "wandb_entity", "wandb_save_dir"]
     yield wandb, logging.wandb_project is None, "there is no --wandb-project"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from megatron_mup.config import rules
 from megatron_mup.config.bounds import check_bounds
 from megatron_mup.config.config import Config
+from megatron_mup.config.moe_rules import check_moe
 from megatron_mup.config.unused import unused
 
 
@@ -31,6 +32,7 @@ def validate(config: Config, world_size: int, explicit: Iterable[str] = ()) -> l
     rules.check_parametrization(config)
     rules.check_optimizer(config)
     rules.check_layout(config, world_size)
+    check_moe(config, world_size)
     rules.check_batch(config, world_size)
     rules.check_schedule(config)
     rules.check_kernels(config)

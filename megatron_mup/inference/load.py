@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_mup.checkpoint import Piece, find, load, read_manifest
-from megatron_mup.checkpoint.state import MODEL
-from megatron_mup.config import Config, ConfigError, ParallelConfig, from_dict
+from megatron_mup.checkpoint import load
+from megatron_mup.checkpoint.state import MODEL, whole_piece
+from megatron_mup.checkpoint.whole import open_model
+from megatron_mup.config import Config
 from megatron_mup.models.gpt import GPT, Stage
 from megatron_mup.parallel.data_parallel import compute_dtype
 
@@ -42,24 +43,12 @@ def load_model(folder: str | Path, step: int | None = None, device: torch.device
     Raises:
         ConfigError: no checkpoint, or a damaged one.
     """
-    path = find(folder, step)
-    if path is None:
-        raise ConfigError(f"--load {folder}", "holds no checkpoint", "give the folder that --save named")
-    manifest = read_manifest(path)
-    config = _alone(from_dict(manifest.config, str(path)))
-    assert config.model.vocab_size is not None
+    saved = open_model(folder, step)
+    config = saved.config
     with torch.device("meta"):
-        model = GPT(config, config.model.vocab_size, Stage(0, config.model.num_layers), dtype=compute_dtype(config))
+        model = GPT(config, saved.vocab_size, Stage(0, config.model.num_layers), dtype=compute_dtype(config))
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    pieces = [
-        Piece(f"{MODEL}/{model.metas[name].tied_to or name}", param, tuple(param.shape), (0,) * param.dim())
-        for name, param in model.named_parameters()
-    ]
-    load(path, pieces, config)
-    return LoadedModel(model, config, path, manifest.iteration)
-
-
-def _alone(config: Config) -> Config:
-    """The same model on one rank, with nothing recomputed."""
-    training = replace(config.training, recompute_granularity="none", recompute_activations=False)
-    return replace(config, parallel=ParallelConfig(), training=training)
+    tensors = {model.metas[name].tied_to or name: param for name, param in model.named_parameters()}
+    pieces = [whole_piece(f"{MODEL}/{name}", value) for name, value in {**tensors, **model.expert_biases()}.items()]
+    load(saved.path, pieces, config)
+    return LoadedModel(model, config, saved.path, saved.manifest.iteration)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,7 @@ class SelfAttention(nn.Module):
         groups: key/value heads on this rank.
         head_dim: width of a head.
         scale: factor on the logits.
+        output_scale: factor on the output of attention, of unit-scaled models.
         backend: name of the kernel, see `TrainingConfig.attention_backend`.
         dropout: probability on attention weights.
     """
@@ -85,12 +87,16 @@ class SelfAttention(nn.Module):
         scale: float,
         backend: str,
         dropout: float,
+        output_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.linear_qkv, self.linear_proj = linear_qkv, linear_proj
         self.q_layernorm, self.k_layernorm = q_layernorm, k_layernorm
         self.heads, self.first_head, self.groups, self.head_dim = heads, first_head, groups, head_dim
         self.scale, self.backend, self.dropout = scale, backend, dropout
+        self.output_scale = output_scale
+        # Shown query, key and mask as `core` gets them, for diagnostics (`training.observe`).
+        self.watcher: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
 
     def forward(self, x: torch.Tensor, info: TokenInfo, salt: torch.Tensor | None) -> torch.Tensor:
         """``[seq (/ tp), batch, hidden]`` to the same shape. ``salt``: 0-d int64 that keys dropout, or None."""
@@ -102,7 +108,13 @@ class SelfAttention(nn.Module):
             query, key = rotate(query, info.cos, info.sin), rotate(key, info.cos, info.sin)
         # [seq, batch, groups, n, head_dim] -> [batch, groups x n, seq, head_dim]
         query, key, value = (t.flatten(2, 3).permute(1, 2, 0, 3) for t in (query, key, value))
+        if self.watcher is not None:
+            self.watcher(query, key, info.mask)
+        if info.cache is not None:
+            key, value = info.cache.extend(self, key, value)
         context = self.core(query, key, value, info, salt)
+        if self.output_scale != 1:
+            context = context * self.output_scale
         return self.linear_proj(context.permute(2, 0, 1, 3).flatten(2))
 
     def core(

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mup.layers.scale import scale
 from megatron_mup.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from megatron_mup.parallel.mesh import TensorAxis
+from megatron_mup.parametrization.operations import PLAIN, Scales
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -18,20 +20,29 @@ class VocabParallelEmbedding(nn.Module):
         first_row: token id of the first of them.
         axis: tensor-parallel axis.
         sequence_parallel: whether the output is a sequence shard.
+        scales: factors of unit-scaled models.
     """
 
-    def __init__(self, weight: nn.Parameter, first_row: int, axis: TensorAxis, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        first_row: int,
+        axis: TensorAxis,
+        sequence_parallel: bool,
+        scales: Scales = PLAIN,
+    ) -> None:
         super().__init__()
-        self.weight, self.first_row = weight, first_row
+        self.weight, self.first_row, self.scales = weight, first_row, scales
         self.axis, self.sequence_parallel = axis, sequence_parallel
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Ids ``[seq, batch]`` to ``[seq (/ tp), batch, hidden]``."""
+        weight = scale(self.weight, backward=self.scales.weight)
         if self.axis.group is None:
-            return F.embedding(tokens, self.weight)
+            return F.embedding(tokens, weight)
         local = tokens - self.first_row
-        foreign = (local < 0) | (local >= self.weight.shape[0])
-        rows = F.embedding(local.masked_fill(foreign, 0), self.weight).masked_fill(foreign[..., None], 0)
+        foreign = (local < 0) | (local >= weight.shape[0])
+        rows = F.embedding(local.masked_fill(foreign, 0), weight).masked_fill(foreign[..., None], 0)
         return leave_tensor_parallel(rows, self.axis, self.sequence_parallel)
 
 
@@ -64,11 +75,19 @@ class OutputLayer(nn.Module):
         axis: tensor-parallel axis.
         sequence_parallel: whether the input is a sequence shard.
         multiple: the GEMM runs on rows padded to a multiple of this; an odd row count would take a slow kernel.
+        scales: factors of unit-scaled models; those forward are left to the factor on the logits.
     """
 
-    def __init__(self, weight: nn.Parameter | None, axis: TensorAxis, sequence_parallel: bool, multiple: int) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter | None,
+        axis: TensorAxis,
+        sequence_parallel: bool,
+        multiple: int,
+        scales: Scales = PLAIN,
+    ) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.scales = weight, scales
         self.axis, self.sequence_parallel, self.multiple = axis, sequence_parallel, multiple
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,4 +103,5 @@ class OutputLayer(nn.Module):
         padding = -rows % self.multiple
         if padding:
             weight = F.pad(weight, (0, 0, 0, padding))
+        x = scale(x, backward=self.scales.backward)
         return F.linear(enter_tensor_parallel(x, self.axis, self.sequence_parallel), weight)[..., :rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -10,10 +12,21 @@ from megatron_mup.layers.attention import SelfAttention, qkv_blocks
 from megatron_mup.layers.embedding import OutputLayer, PositionEmbedding, VocabParallelEmbedding
 from megatron_mup.layers.linear import ColumnLinear, RowLinear
 from megatron_mup.layers.mlp import GLU_BLOCKS, MLP, gelu, squared_relu, swiglu
+from megatron_mup.layers.moe import Experts, GroupedLinear, MoE, expert_blocks, halved_swiglu
 from megatron_mup.layers.norm import LayerNorm, RMSNorm
-from megatron_mup.parallel.mesh import TensorAxis
+from megatron_mup.layers.router import Router
+from megatron_mup.parallel.mesh import ONE_EXPERT_RANK, ExpertAxis, TensorAxis
 from megatron_mup.parametrization.base import BaseSizes
 from megatron_mup.parametrization.meta import ParamMeta, Role
+from megatron_mup.parametrization.operations import (
+    PLAIN,
+    Scales,
+    activation_mult,
+    activation_scale,
+    attention_scale,
+    gain_scale,
+    matrix_scales,
+)
 from megatron_mup.parametrization.table import forward_multipliers
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
@@ -30,12 +43,21 @@ class LayerFactory:
         vocab_size: number of token ids.
         axis: tensor-parallel axis.
         dtype: precision of the parameters.
+        expert_axis: expert-parallel axis.
 
     Attributes:
         metas: full parameter name to `ParamMeta`, in order of birth.
     """
 
-    def __init__(self, config: Config, vocab_size: int, axis: TensorAxis, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        axis: TensorAxis,
+        dtype: torch.dtype,
+        expert_axis: ExpertAxis = ONE_EXPERT_RANK,
+    ) -> None:
+        self.expert_axis = expert_axis
         self.config, self.vocab_size, self.axis, self.dtype = config, vocab_size, axis, dtype
         self.base = BaseSizes.of(config)
         self.multipliers = forward_multipliers(config)
@@ -43,12 +65,18 @@ class LayerFactory:
         self.metas: dict[str, ParamMeta] = {}
 
     def parameter(self, meta: ParamMeta) -> nn.Parameter:
-        """Registers a parameter and makes this rank's tensor-parallel shard of it, without memory."""
+        """Registers a parameter and makes this rank's tensor- or expert-parallel shard of it, without memory."""
         shape = list(meta.shape)
+        if meta.experts is not None:
+            shape[0] //= self.expert_axis.size
         if meta.tp_dim is not None:
             shape[meta.tp_dim] = self.axis.local(shape[meta.tp_dim])[1]
         self.metas[meta.name] = meta
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
+
+    def scales(self, name: str) -> Scales:
+        """Factors of the operation that a matrix made here takes part in."""
+        return matrix_scales(self.metas[name], self.config)
 
     def vector(
         self, name: str, role: Role, length: int, base_length: float, *, sharded: bool, partial: bool, layer: int | None
@@ -74,26 +102,29 @@ class LayerFactory:
                 base_fan_in=1,
                 base_fan_out=base_length,
                 layer=layer,
-                branch=None if layer is None else ("mlp" if ".mlp" in name or "pre_mlp" in name else "attention"),
+                branch=None if layer is None else ("mlp" if "mlp" in name else "attention"),
                 tp_dim=0 if sharded else None,
                 grad_sum_axes=("tp",) if partial and not sharded else (),
             )
         )
 
-    def norm(self, name: str, layer: int | None, role: Role = Role.NORM) -> nn.Module:
-        """A norm over the residual stream, or over one head (`Role.QK_NORM`)."""
+    def norm(self, name: str, layer: int | None, role: Role = Role.NORM, sharing: int = 1) -> nn.Module:
+        """A norm over the residual stream, or over one head (`Role.QK_NORM`); ``sharing`` heads have the same."""
         model = self.config.model
         head = role is Role.QK_NORM
         length, base = (model.head_dim, self.base.head_dim) if head else (model.hidden_size, self.base.hidden)
         partial = head or self.sequence_parallel
 
-        def make(part: str) -> nn.Parameter:
+        def make(part: str) -> nn.Parameter | None:
+            if not model.norm_affine:
+                return None
             kind = Role.BIAS if part == "bias" else role
             return self.vector(f"{name}.{part}", kind, length, base, sharded=False, partial=partial, layer=layer)
 
+        gradient = gain_scale(self.config, sharing)
         if model.normalization == "RMSNorm":
-            return RMSNorm(make("weight"), model.norm_epsilon)
-        return LayerNorm(make("weight"), make("bias"), model.norm_epsilon)
+            return RMSNorm(length, make("weight"), model.norm_epsilon, gradient)
+        return LayerNorm(length, make("weight"), make("bias"), model.norm_epsilon, gradient)
 
     def attention(self, name: str, layer: int) -> SelfAttention:
         """The attention branch of a layer."""
@@ -101,9 +132,10 @@ class LayerFactory:
         heads, groups, head_dim = model.num_attention_heads, model.query_groups, model.head_dim
         per_group, base_per_group = heads // groups, base.heads / base.query_groups
         rows, base_rows = (heads + 2 * groups) * head_dim, (base_per_group + 2) * base.query_groups * base.head_dim
+        qkv_name = f"{name}.linear_qkv.weight"
         qkv = self.parameter(
             ParamMeta(
-                name=f"{name}.linear_qkv.weight",
+                name=qkv_name,
                 role=Role.QKV,
                 shape=(rows, model.hidden_size),
                 fan_in=model.hidden_size,
@@ -121,12 +153,14 @@ class LayerFactory:
             qkv_bias = self.vector(
                 f"{name}.linear_qkv.bias", Role.BIAS, rows, base_rows, sharded=True, partial=False, layer=layer
             )
-        column = ColumnLinear(qkv, qkv_bias, self.axis, self.sequence_parallel)
+        column = ColumnLinear(qkv, qkv_bias, self.axis, self.sequence_parallel, self.scales(qkv_name))
         row = self.row_linear(
             f"{name}.linear_proj", Role.ATTENTION_OUTPUT, heads * head_dim, base.heads * base.head_dim, layer
         )
-        q_norm = self.norm(f"{name}.q_layernorm", layer, Role.QK_NORM) if model.qk_layernorm else None
-        k_norm = self.norm(f"{name}.k_layernorm", layer, Role.QK_NORM) if model.qk_layernorm else None
+        q_norm = k_norm = None
+        if model.qk_layernorm:
+            q_norm = self.norm(f"{name}.q_layernorm", layer, Role.QK_NORM, heads)
+            k_norm = self.norm(f"{name}.k_layernorm", layer, Role.QK_NORM, groups)
         local_heads = heads // self.axis.size
         return SelfAttention(
             column,
@@ -138,6 +172,7 @@ class LayerFactory:
             groups=groups // self.axis.size,
             head_dim=head_dim,
             scale=self.multipliers.attention_logits,
+            output_scale=attention_scale(self.config),
             backend=self.config.training.attention_backend,
             dropout=model.attention_dropout,
         )
@@ -170,13 +205,14 @@ class LayerFactory:
                 partial=self.sequence_parallel,
                 layer=layer,
             )
-        return RowLinear(weight, bias, self.axis, self.sequence_parallel)
+        return RowLinear(weight, bias, self.axis, self.sequence_parallel, self.scales(f"{name}.weight"))
 
-    def mlp(self, name: str, layer: int) -> MLP:
-        """The MLP branch of a layer."""
+    def mlp(self, name: str, layer: int, width: int | None = None, base_width: float | None = None) -> MLP:
+        """The MLP branch of a layer, as wide as the configuration says or ``width``."""
         model, base = self.config.model, self.base
+        width, base_width = width or model.ffn_size, base_width or base.ffn
         gates = 2 if model.swiglu else 1
-        rows, base_rows = gates * model.ffn_size, gates * base.ffn
+        rows, base_rows = gates * width, gates * base_width
         weight = self.parameter(
             ParamMeta(
                 name=f"{name}.linear_fc1.weight",
@@ -198,11 +234,73 @@ class LayerFactory:
                 f"{name}.linear_fc1.bias", Role.BIAS, rows, base_rows, sharded=True, partial=False, layer=layer
             )
         activation = swiglu if model.swiglu else squared_relu if model.squared_relu else gelu
+        if (mult := activation_mult(self.config)) != 1:
+            activation = partial(swiglu if model.swiglu else gelu, mult=mult)
         return MLP(
-            ColumnLinear(weight, bias, self.axis, self.sequence_parallel),
-            self.row_linear(f"{name}.linear_fc2", Role.MLP_OUT, model.ffn_size, base.ffn, layer),
+            ColumnLinear(weight, bias, self.axis, self.sequence_parallel, self.scales(f"{name}.linear_fc1.weight")),
+            self.row_linear(f"{name}.linear_fc2", Role.MLP_OUT, width, base_width, layer),
             activation,
+            activation_scale(self.config),
         )
+
+    def moe(self, name: str, layer: int) -> MoE:
+        """The MLP branch of a layer with experts."""
+        model, moe, hidden = self.config.model, self.config.moe, self.config.model.hidden_size
+        assert moe.num_experts is not None
+        router = self.parameter(
+            ParamMeta(
+                name=f"{name}.router.weight",
+                role=Role.ROUTER,
+                shape=(moe.num_experts, hidden),
+                fan_in=hidden,
+                fan_out=moe.num_experts,
+                base_fan_in=self.base.hidden,
+                base_fan_out=moe.num_experts,
+                layer=layer,
+                branch="mlp",
+                grad_sum_axes=("tp",) if self.sequence_parallel else (),
+            )
+        )
+        ffn, base_ffn, gates = self.config.expert_ffn_size, self.base.expert_ffn, 2 if model.swiglu else 1
+        base_hidden = self.base.hidden
+        fc1 = f"{name}.experts.linear_fc1.weight"
+        experts = Experts(
+            self.expert_linear(fc1, Role.EXPERT_IN, (gates * ffn, hidden), (gates * base_ffn, base_hidden), layer),
+            self.expert_linear(
+                f"{name}.experts.linear_fc2.weight", Role.EXPERT_OUT, (hidden, ffn), (base_hidden, base_ffn), layer
+            ),
+            halved_swiglu if model.swiglu else squared_relu if model.squared_relu else gelu,
+        )
+        shared = None
+        if (width := moe.moe_shared_expert_intermediate_size) is not None:
+            shared = self.mlp(f"{name}.shared_experts", layer, width, width * self.base.shrink)
+        return MoE(Router(router, moe, self.axis, self.sequence_parallel), experts, shared, self.expert_axis)
+
+    def expert_linear(
+        self, name: str, role: Role, shape: tuple[int, int], base_shape: tuple[float, float], layer: int
+    ) -> GroupedLinear:
+        """A matrix ``[out, in]`` for each expert, stacked along the rows."""
+        experts = self.config.moe.num_experts
+        assert experts is not None
+        (rows, columns), (base_rows, base_columns) = shape, base_shape
+        gated = role is Role.EXPERT_IN and self.config.model.swiglu
+        weight = self.parameter(
+            ParamMeta(
+                name=name,
+                role=role,
+                shape=(experts * rows, columns),
+                fan_in=columns,
+                fan_out=rows,
+                base_fan_in=base_columns,
+                base_fan_out=base_rows,
+                blocks=expert_blocks(rows, "gate", "up") if gated else expert_blocks(rows, "matrix"),
+                layer=layer,
+                branch="mlp",
+                experts=experts,
+                grad_sum_axes=("edp_replicate",) if self.expert_axis.sum_copies else (),
+            )
+        )
+        return GroupedLinear(weight, experts // self.expert_axis.size)
 
     def word_embeddings(self) -> VocabParallelEmbedding:
         """The embedding; shared with the output layer unless untied."""
@@ -223,7 +321,8 @@ class LayerFactory:
                 grad_sum_axes=("embedding",) if tied_over_stages else (),
             )
         )
-        return VocabParallelEmbedding(weight, self.first_row, self.axis, self.sequence_parallel)
+        scales = self.scales(WORD_EMBEDDINGS)
+        return VocabParallelEmbedding(weight, self.first_row, self.axis, self.sequence_parallel, scales)
 
     def position_embeddings(self) -> PositionEmbedding:
         """The learned position table."""
@@ -267,7 +366,8 @@ class LayerFactory:
                     grad_sum_axes=("embedding",) if tied else (),
                 )
             )
-        return OutputLayer(weight, self.axis, self.sequence_parallel, model.make_vocab_size_divisible_by)
+        scales = PLAIN if weight is None else self.scales("output_layer.weight")
+        return OutputLayer(weight, self.axis, self.sequence_parallel, model.make_vocab_size_divisible_by, scales)
 
     @property
     def first_row(self) -> int:

@@ -6,11 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mup.layers.scale import scale
 from megatron_mup.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from megatron_mup.parallel.mesh import TensorAxis
+from megatron_mup.parametrization.operations import PLAIN, Scales
 
 
-class ColumnLinear(nn.Module):
+class _ParallelLinear(nn.Module):
+    """What both directions hold."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        axis: TensorAxis,
+        sequence_parallel: bool,
+        scales: Scales = PLAIN,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.axis, self.sequence_parallel, self.scales = axis, sequence_parallel, scales
+
+
+class ColumnLinear(_ParallelLinear):
     """Linear layer whose output features are sharded over tensor ranks.
 
     Args:
@@ -18,21 +36,17 @@ class ColumnLinear(nn.Module):
         bias: this rank's part, ``[out / tp]``, or None.
         axis: tensor-parallel axis.
         sequence_parallel: whether the input is a sequence shard.
+        scales: factors of unit-scaled models.
     """
-
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, axis: TensorAxis, sequence_parallel: bool
-    ) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, bias
-        self.axis, self.sequence_parallel = axis, sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[seq (/ tp), batch, in]`` to ``[seq, batch, out / tp]``."""
-        return F.linear(enter_tensor_parallel(x, self.axis, self.sequence_parallel), self.weight, self.bias)
+        x = scale(x, backward=self.scales.backward / self.scales.weight)
+        y = F.linear(enter_tensor_parallel(x, self.axis, self.sequence_parallel), self.weight, self.bias)
+        return scale(y, self.scales.forward, self.scales.weight)
 
 
-class RowLinear(nn.Module):
+class RowLinear(_ParallelLinear):
     """Linear layer whose input features are sharded over tensor ranks.
 
     Args:
@@ -40,18 +54,15 @@ class RowLinear(nn.Module):
         bias: the whole bias, ``[out]``, added once, after the sum; or None.
         axis: tensor-parallel axis.
         sequence_parallel: whether the output is a sequence shard.
+        scales: factors of unit-scaled models.
     """
-
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, axis: TensorAxis, sequence_parallel: bool
-    ) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, bias
-        self.axis, self.sequence_parallel = axis, sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[seq, batch, in / tp]`` to ``[seq (/ tp), batch, out]``."""
+        x = scale(x, backward=self.scales.backward / self.scales.weight)
         if self.axis.group is None:
-            return F.linear(x, self.weight, self.bias)
-        y = leave_tensor_parallel(F.linear(x, self.weight), self.axis, self.sequence_parallel)
-        return y if self.bias is None else y + self.bias
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = leave_tensor_parallel(F.linear(x, self.weight), self.axis, self.sequence_parallel)
+            y = y if self.bias is None else y + self.bias
+        return scale(y, self.scales.forward, self.scales.weight)

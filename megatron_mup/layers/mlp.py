@@ -17,10 +17,13 @@ GLU_BLOCKS = (
 )
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` of interleaved features, ``[..., 2 ffn]`` to ``[..., ffn]`` (Shazeer, arXiv 2002.05202)."""
+def swiglu(x: torch.Tensor, mult: float = 1.0) -> torch.Tensor:
+    """``gate * sigmoid(mult * gate) * up`` of interleaved features, ``[..., 2 ffn]`` to ``[..., ffn]`` (Shazeer, arXiv
+    2002.05202).
+    """
     gate, up = x.unflatten(-1, (-1, 2, GLU_INTERLEAVE)).unbind(-2)
-    return (F.silu(gate) * up).flatten(-2)
+    gated = F.silu(gate) if mult == 1 else gate * torch.sigmoid(mult * gate)
+    return (gated * up).flatten(-2)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -28,9 +31,9 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh form, Megatron's default."""
-    return F.gelu(x, approximate="tanh")
+def gelu(x: torch.Tensor, mult: float = 1.0) -> torch.Tensor:
+    """``gelu(mult * x) / mult``, GELU in its tanh form, Megatron's default."""
+    return F.gelu(x, approximate="tanh") if mult == 1 else F.gelu(x * mult, approximate="tanh") / mult
 
 
 class MLP(nn.Module):
@@ -40,12 +43,17 @@ class MLP(nn.Module):
         linear_fc1: ``hidden -> ffn``, or ``hidden -> 2 ffn`` (interleaved gate and up) with SwiGLU.
         linear_fc2: ``ffn -> hidden``.
         activation: one of the functions of this module.
+        activation_scale: factor on its output, of unit-scaled models.
     """
 
-    def __init__(self, linear_fc1: nn.Module, linear_fc2: nn.Module, activation: object) -> None:
+    def __init__(
+        self, linear_fc1: nn.Module, linear_fc2: nn.Module, activation: object, activation_scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.linear_fc1, self.linear_fc2, self.activation = linear_fc1, linear_fc2, activation
+        self.activation_scale = activation_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[seq (/ tp), batch, hidden]`` to the same shape."""
-        return self.linear_fc2(self.activation(self.linear_fc1(x)))
+        inner = self.activation(self.linear_fc1(x))
+        return self.linear_fc2(inner if self.activation_scale == 1 else inner * self.activation_scale)

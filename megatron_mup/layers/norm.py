@@ -6,26 +6,48 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mup.layers.scale import scale
+
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight``, statistics in fp32."""
+    """``x / sqrt(mean(x^2) + eps) * weight``, statistics in fp32.
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    Args:
+        length: of the last dimension.
+        weight: ``[length]``, or None for no gain.
+        eps: added to the mean square.
+        gradient: factor on the weight's gradient, of unit-scaled models.
+    """
+
+    def __init__(self, length: int, weight: nn.Parameter | None, eps: float, gradient: float = 1.0) -> None:
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.length, self.weight, self.eps, self.gradient = (length,), weight, eps, gradient
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape that ends in the length of the weight."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Any shape that ends in the length."""
+        weight = None if self.weight is None else scale(self.weight, backward=self.gradient)
+        return F.rms_norm(x, self.length, weight, self.eps)
 
 
 class LayerNorm(nn.Module):
-    """``(x - mean) / sqrt(var + eps) * weight + bias``, statistics in fp32."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, statistics in fp32.
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, eps: float) -> None:
+    Args:
+        length: of the last dimension.
+        weight, bias: ``[length]``, or None for neither.
+        eps: added to the variance.
+        gradient: factor on their gradients, of unit-scaled models.
+    """
+
+    def __init__(
+        self, length: int, weight: nn.Parameter | None, bias: nn.Parameter | None, eps: float, gradient: float = 1.0
+    ) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = weight, bias, eps
+        self.length, self.weight, self.bias, self.eps, self.gradient = (length,), weight, bias, eps, gradient
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any shape that ends in the length of the weight."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        """Any shape that ends in the length."""
+        weight, bias = (
+            None if part is None else scale(part, backward=self.gradient) for part in (self.weight, self.bias)
+        )
+        return F.layer_norm(x, self.length, weight, bias, self.eps)

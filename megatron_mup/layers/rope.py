@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+# Llama 3.1's own numbers; Megatron-LM has them fixed too.
+ORIGINAL_CONTEXT, LOW_FREQUENCY_FACTOR, HIGH_FREQUENCY_FACTOR = 8192, 1.0, 4.0
 
 
 def rotary_angles(
-    positions: torch.Tensor, head_dim: int, percent: float, base: float
+    positions: torch.Tensor, head_dim: int, percent: float, base: float, stretch: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of each position's angles.
 
@@ -15,15 +20,32 @@ def rotary_angles(
         head_dim: width of a head.
         percent: share of it that rotates.
         base: base of the frequencies ``base^(-2i / rotated width)``.
+        stretch: factor of `stretched`, or None.
 
     Returns:
         Two fp32 tensors ``[seq, batch or 1, rotated width]``.
     """
     width = int(head_dim * percent)
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-    angles = positions[..., None].float() * base**-exponent
+    frequencies = base**-exponent
+    if stretch is not None:
+        frequencies = stretched(frequencies, stretch)
+    angles = positions[..., None].float() * frequencies
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
+
+
+def stretched(frequencies: torch.Tensor, factor: float) -> torch.Tensor:
+    """Frequencies for contexts longer than those of training (Llama 3.1, arXiv 2407.21783, and its published code).
+
+    A wave that turns at least `HIGH_FREQUENCY_FACTOR` times within the original context keeps its frequency, one that
+    turns at most `LOW_FREQUENCY_FACTOR` times is slowed by ``factor``, and between the two the share is linear in the
+    number of turns.
+    """
+    turns = ORIGINAL_CONTEXT * frequencies / (2 * math.pi)
+    kept = (turns - LOW_FREQUENCY_FACTOR) / (HIGH_FREQUENCY_FACTOR - LOW_FREQUENCY_FACTOR)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

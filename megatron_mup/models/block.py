@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from megatron_mup.layers.dropout import hidden_dropout
 from megatron_mup.layers.factory import LayerFactory
 from megatron_mup.layers.info import TokenInfo
+from megatron_mup.layers.scale import backward_by, forward_by, scale
+from megatron_mup.parametrization.operations import Residual, dropout_scale, residual
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm layer: ``x + m_a attention(norm(x))``, then ``x + m_f mlp(norm(x))``.
+    """Two branches on the residual stream: ``x <- s x + m branch(norm(x))``, or ``s x + m norm(branch(x))`` with
+    ``--norm-position post-branch``. s is 1 except in unit-scaled models.
 
     Args:
         factory: makes the parts.
@@ -21,22 +26,56 @@ class TransformerLayer(nn.Module):
     def __init__(self, factory: LayerFactory, number: int) -> None:
         super().__init__()
         name = f"decoder.layers.{number}"
-        self.input_layernorm = factory.norm(f"{name}.input_layernorm", number)
+        pre = factory.config.model.norm_position == "pre"
+        self.input_layernorm = factory.norm(f"{name}.input_layernorm", number) if pre else None
         self.self_attention = factory.attention(f"{name}.self_attention", number)
-        self.pre_mlp_layernorm = factory.norm(f"{name}.pre_mlp_layernorm", number)
-        self.mlp = factory.mlp(f"{name}.mlp", number)
-        self.attention_branch = factory.multipliers.attention_branch
-        self.mlp_branch = factory.multipliers.mlp_branch
-        self.dropout = factory.config.model.hidden_dropout
+        self.post_self_attn_layernorm = None if pre else factory.norm(f"{name}.post_self_attn_layernorm", number)
+        self.pre_mlp_layernorm = factory.norm(f"{name}.pre_mlp_layernorm", number) if pre else None
+        has_experts = factory.config.moe.layers(factory.config.model.num_layers)[number]
+        self.mlp = (factory.moe if has_experts else factory.mlp)(f"{name}.mlp", number)
+        self.post_mlp_layernorm = None if pre else factory.norm(f"{name}.post_mlp_layernorm", number)
+        self.attention_residual = residual(factory.config, number, "attention")
+        self.mlp_residual = residual(factory.config, number, "mlp")
+        self.dropout, self.dropout_scale = factory.config.model.hidden_dropout, dropout_scale(factory.config)
         self.axis, self.sequence_parallel = factory.axis, factory.sequence_parallel
 
-    def forward(self, x: torch.Tensor, info: TokenInfo, salts: torch.Tensor | None) -> torch.Tensor:
-        """``[seq (/ tp), batch, hidden]`` to the same shape. ``salts``: ``[3]`` int64 that key dropout, or None."""
+    def forward(
+        self, x: torch.Tensor, info: TokenInfo, salts: torch.Tensor | None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Runs the layer.
+
+        Args:
+            x: ``[seq (/ tp), batch, hidden]``; the result has the same shape.
+            info: facts about the tokens.
+            salts: ``[3]`` int64 that key dropout, or None.
+            weights: ``[2, 2]``, weights of stream and branch for both branches where they differ between layers: as
+                data, they let all layers share one compiled graph. None: as numbers.
+        """
+        attention, mlp = self.attention_residual, self.mlp_residual
+        if weights is not None:
+            attention, mlp = (replace(mlp, skip=pair[0], branch=pair[1]) for pair in weights)
         attention_salt, branch_salt, mlp_salt = (None, None, None) if salts is None else salts.unbind()
         start = x.shape[0] * self.axis.rank if self.sequence_parallel else 0
-        branch = self.self_attention(self.input_layernorm(x), info, attention_salt)
+        branch = _apply(self.input_layernorm, _enter(x, attention))
+        branch = _apply(self.post_self_attn_layernorm, self.self_attention(branch, info, attention_salt))
         branch = hidden_dropout(branch, self.dropout, branch_salt, info.sample_index, start)
-        x = torch.add(x, branch, alpha=self.attention_branch)
-        branch = self.mlp(self.pre_mlp_layernorm(x))
+        x = self._join(x, branch, attention)
+        branch = _apply(self.pre_mlp_layernorm, _enter(x, mlp))
+        branch = _apply(self.post_mlp_layernorm, self.mlp(branch))
         branch = hidden_dropout(branch, self.dropout, mlp_salt, info.sample_index, start)
-        return torch.add(x, branch, alpha=self.mlp_branch)
+        return self._join(x, branch, mlp)
+
+    def _join(self, x: torch.Tensor, branch: torch.Tensor, weights: Residual) -> torch.Tensor:
+        branch = scale(branch, self.dropout_scale, self.dropout_scale)
+        if weights.delayed:
+            return forward_by(branch, weights.branch) + x * weights.skip
+        return torch.add(x if weights.skip == 1 else x * weights.skip, branch, alpha=weights.branch)
+
+
+def _enter(x: torch.Tensor, weights: Residual) -> torch.Tensor:
+    """What a branch reads of the stream."""
+    return backward_by(x, weights.branch) if weights.delayed else x
+
+
+def _apply(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    return x if norm is None else norm(x)

@@ -22,10 +22,12 @@ def build_model(config: Config, vocab_size: int, mesh: Mesh) -> GPT:
     start, end = stage_layers(config)[mesh.rank("pp")]
     stage = Stage(start, end, mesh.is_first_stage, mesh.is_last_stage)
     with torch.device("meta"):
-        model = GPT(config, vocab_size, stage, mesh.tp, parameter_dtype(config, mesh))
+        model = GPT(config, vocab_size, stage, mesh.tp, parameter_dtype(config, mesh), mesh.ep)
     layers = list(model.decoder.layers.values())
-    shard_over_data(model, layers, config, mesh)
+    shard_over_data(model, layers, model.experts(), config, mesh)
     model.to_empty(device=mesh.device)
+    for router in model.routers().values():
+        router.reset()
     if config.training.torch_compile:
         for layer in layers:
             layer.compile()

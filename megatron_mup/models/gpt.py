@@ -9,16 +9,21 @@ import torch
 from torch import nn
 
 from megatron_mup.config import Config
+from megatron_mup.layers.cache import KeyValueCache
 from megatron_mup.layers.dropout import hidden_dropout
 from megatron_mup.layers.factory import LayerFactory
-from megatron_mup.layers.info import TokenInfo, document_mask
+from megatron_mup.layers.info import TokenInfo, document_mask, window_mask
 from megatron_mup.layers.loss import vocab_parallel_cross_entropy
+from megatron_mup.layers.moe import MoE
 from megatron_mup.layers.rope import rotary_angles
+from megatron_mup.layers.router import Router
+from megatron_mup.layers.scale import scale
 from megatron_mup.models.block import TransformerLayer
 from megatron_mup.models.recompute import run_layers
-from megatron_mup.parallel.mesh import ALONE, TensorAxis
+from megatron_mup.parallel.mesh import ALONE, ONE_EXPERT_RANK, ExpertAxis, TensorAxis
 from megatron_mup.parametrization.counter import derive_key
 from megatron_mup.parametrization.meta import ParamMeta
+from megatron_mup.parametrization.operations import dropout_scale, logits_gradient
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Embedding(nn.Module):
         learned = model.position_embedding_type == "learned_absolute"
         self.position_embeddings = factory.position_embeddings() if learned else None
         self.multiplier, self.dropout = factory.multipliers.embedding, model.hidden_dropout
+        self.dropout_scale = dropout_scale(factory.config)
         self.axis, self.sequence_parallel = factory.axis, factory.sequence_parallel
 
     def forward(
@@ -57,7 +63,8 @@ class Embedding(nn.Module):
         if self.multiplier != 1:
             x = x * self.multiplier
         start = x.shape[0] * self.axis.rank if self.sequence_parallel else 0
-        return hidden_dropout(x, self.dropout, key, sample_index, start)
+        x = hidden_dropout(x, self.dropout, key, sample_index, start)
+        return scale(x, self.dropout_scale, self.dropout_scale)
 
 
 class Decoder(nn.Module):
@@ -68,15 +75,32 @@ class Decoder(nn.Module):
         self.training_config = factory.config.training
         self.layers = nn.ModuleDict({str(i): TransformerLayer(factory, i) for i in range(stage.start, stage.end)})
         self.final_layernorm = factory.norm("decoder.final_layernorm", None) if stage.is_last else None
+        self.residuals: torch.Tensor | None = None
+        if any(layer.mlp_residual.delayed for layer in self.layers.values()):
+            pairs = [(layer.attention_residual, layer.mlp_residual) for layer in self.layers.values()]
+            weights = [[[part.skip, part.branch] for part in pair] for pair in pairs]
+            self.residuals = torch.tensor(weights, device="cpu")
 
     def forward(self, x: torch.Tensor, info: TokenInfo, salts: torch.Tensor | None) -> torch.Tensor:
         """``[seq (/ tp), batch, hidden]`` to the same shape. ``salts``: ``[layers here, 3]``, or None."""
+        weights = self.residual_weights(x.device)
         calls = [
-            partial(layer, info=info, salts=None if salts is None else salts[place])
+            partial(
+                layer,
+                info=info,
+                salts=None if salts is None else salts[place],
+                weights=None if weights is None else weights[place],
+            )
             for place, layer in enumerate(self.layers.values())
         ]
         x = run_layers(x, calls, self.training_config)
         return x if self.final_layernorm is None else self.final_layernorm(x)
+
+    def residual_weights(self, device: torch.device) -> torch.Tensor | None:
+        """Weights of stream and branch ``[layers here, 2, 2]`` where layers differ in them (u-muP), else None."""
+        if self.residuals is not None and self.residuals.device != device:
+            self.residuals = self.residuals.to(device)
+        return self.residuals
 
 
 class GPT(nn.Module):
@@ -88,6 +112,7 @@ class GPT(nn.Module):
         stage: which part.
         axis: tensor-parallel axis.
         dtype: precision of the parameters.
+        expert_axis: expert-parallel axis.
 
     Attributes:
         metas: full parameter name to `ParamMeta` for every parameter here, in order of birth.
@@ -100,11 +125,14 @@ class GPT(nn.Module):
         stage: Stage,
         axis: TensorAxis = ALONE,
         dtype: torch.dtype = torch.float32,
+        expert_axis: ExpertAxis = ONE_EXPERT_RANK,
     ) -> None:
         super().__init__()
-        factory = LayerFactory(config, vocab_size, axis, dtype)
+        factory = LayerFactory(config, vocab_size, axis, dtype, expert_axis)
         self.config, self.stage, self.axis, self.first_row = config, stage, axis, factory.first_row
+        self.vocab_size = vocab_size
         self.logits_multiplier = factory.multipliers.logits
+        self.logits_gradient = logits_gradient(config, vocab_size, self.logits_multiplier)
         self.embedding = Embedding(factory) if stage.is_first else None
         self.decoder = Decoder(factory, stage)
         self.output_layer = factory.output_layer(stage.is_first) if stage.is_last else None
@@ -119,6 +147,7 @@ class GPT(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         sample_index: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Runs this stage on one micro-batch.
 
@@ -128,6 +157,7 @@ class GPT(nn.Module):
             position_ids: ``[batch, seq]``; None counts from 0.
             document_ids: ``[batch, seq]``; given, attention stays inside each document.
             sample_index: ``[batch]`` running number of each sample, the counter of dropout.
+            cache: what this stage has read of the same texts; ``x`` goes on from there.
 
         Returns:
             Hidden states; on the last stage ``[1, 2]`` fp32: the objective to differentiate and the language-model
@@ -137,15 +167,26 @@ class GPT(nn.Module):
         model = self.config.model
         seq = x.shape[1] if self.embedding is not None else self.config.training.seq_length
         positions = torch.arange(seq, device=x.device)[:, None] if position_ids is None else position_ids.t()
+        if cache is not None:
+            seq = x.shape[1 if self.embedding is not None else 0]
+            positions = cache.positions(seq)
         salts = self.salts(x.device)
         if self.embedding is not None:
             x = self.embedding(x.t(), positions, sample_index, None if salts is None else salts[-1, 0])
         cos = sin = None
         if model.position_embedding_type == "rope":
-            cos, sin = rotary_angles(positions, model.head_dim, model.rotary_percent, model.rotary_base)
+            stretch = model.rope_scaling_factor if model.use_rope_scaling else None
+            cos, sin = rotary_angles(positions, model.head_dim, model.rotary_percent, model.rotary_base, stretch)
         mask = None if document_ids is None else document_mask(document_ids)
-        info = TokenInfo(cos, sin, mask, sample_index if salts is not None else None)
+        if model.window_size is not None and model.window_size < seq - 1:
+            window = window_mask(seq, model.window_size, x.device)
+            mask = window if mask is None else mask & window
+        if cache is not None:
+            mask = cache.mask(seq, model.window_size)
+        info = TokenInfo(cos, sin, mask, sample_index if salts is not None else None, cache)
         x = self.decoder(x, info, None if salts is None else salts[self.stage.start : self.stage.end])
+        if cache is not None:
+            cache.advance(seq)
         if self.output_layer is None:
             return x
         shared = None if self.output_layer.weight is not None else self.embedding.word_embeddings.weight
@@ -155,9 +196,7 @@ class GPT(nn.Module):
 
     def head_and_loss(self, x: torch.Tensor, shared: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
         """Output layer and loss sums ``[1, 2]``; a method of its own so that it can be compiled."""
-        logits = self.output_layer(x, shared)
-        if self.logits_multiplier != 1:
-            logits = logits * self.logits_multiplier
+        logits = scale(self.output_layer(x, shared), self.logits_multiplier, self.logits_gradient)
         loss, normalizer = vocab_parallel_cross_entropy(logits, labels.t(), self.first_row, self.axis)
         total = loss.sum()
         objective = total
@@ -165,6 +204,27 @@ class GPT(nn.Module):
             objective = total + self.config.training.cross_entropy_z_loss * normalizer.square().sum()
         # No view: FSDP2 hooks the output.
         return torch.stack([torch.stack([objective, total.detach()])])
+
+    def routers(self) -> dict[int, Router]:
+        """Routers of the layers with experts, by the number of the layer."""
+        return {number: moe.router for number, moe in self._moes().items()}
+
+    def experts(self) -> list[nn.Module]:
+        """This rank's experts of each layer that has some."""
+        return [moe.experts for moe in self._moes().values()]
+
+    def _moes(self) -> dict[int, MoE]:
+        mlps = {int(number): layer.mlp for number, layer in self.decoder.layers.items()}
+        return {number: mlp for number, mlp in mlps.items() if isinstance(mlp, MoE)}
+
+    def expert_biases(self) -> dict[str, torch.Tensor]:
+        """Biases of the routers, live, by name: a part of the model that no gradient trains."""
+        if not self.config.moe.moe_router_enable_expert_bias:
+            return {}
+        return {
+            f"decoder.layers.{number}.mlp.router.expert_bias": router.expert_bias
+            for number, router in self.routers().items()
+        }
 
     def salts(self, device: torch.device) -> torch.Tensor | None:
         """Keys of dropout, ``[layers + 1, 3]`` int64 by place (the last row is the embedding's); None without."""

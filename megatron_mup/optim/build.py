@@ -8,26 +8,29 @@ import torch
 
 from megatron_mup.config import Config, OptimizerConfig
 from megatron_mup.optim.adamw import AdamW, AdamWSettings
+from megatron_mup.optim.dion import Dion, DionSettings
+from megatron_mup.optim.exchange import MatrixRanks
+from megatron_mup.optim.gram_muon import GramMuon
+from megatron_mup.optim.local import LocalMuon
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.matrix import MatrixOptimizer
 from megatron_mup.optim.muon import Muon, MuonSettings, NorMuon, NorMuonSettings
 from megatron_mup.optim.scalar import (
     AdamAtan2,
-    AdamAtan2Settings,
     AdEMAMix,
     AdEMAMixSettings,
     ElementwiseOptimizer,
     Lion,
-    LionSettings,
 )
 from megatron_mup.optim.scion import ScionTables, ScionTableSettings, hidden_settings
 from megatron_mup.optim.sphere import MuonSphere, SpectralSphere, SphereSettings
 from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.parametrization.horizon import adam_betas
 from megatron_mup.parametrization.table import Scaling
 
 Numbered = list[tuple[MainParam, Scaling]]
 
-MATRIX_OPTIMIZERS = ("muon", "normuon", "muonsphere", "spectral_sphere", "scion")
+MATRIX_OPTIMIZERS = ("muon", "normuon", "muonsphere", "spectral_sphere", "scion", "dion")
 SCALAR_OPTIMIZERS = ("adam", "lion", "adam_atan2", "ademamix")
 
 _SPHERE = ("muonsphere", "spectral_sphere")
@@ -37,7 +40,7 @@ def momentum(flags: OptimizerConfig) -> float:
     """Decay of the matrix optimizer's momentum."""
     if flags.muon_momentum is not None:
         return flags.muon_momentum
-    return 0.95 if flags.optimizer in ("muon", "normuon") else 0.9
+    return 0.95 if flags.optimizer in ("muon", "normuon", "dion") else 0.9
 
 
 def shared_settings(flags: OptimizerConfig, device: torch.device) -> dict[str, Any]:
@@ -46,22 +49,35 @@ def shared_settings(flags: OptimizerConfig, device: torch.device) -> dict[str, A
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     sphere = flags.optimizer in _SPHERE
-    coefficients = flags.muon_coefficient_type or ("polar_express" if sphere else "quintic")
     return {
         "momentum": momentum(flags),
         "momentum_style": flags.muon_momentum_style,
         "num_ns_steps": flags.muon_num_ns_steps or (8 if sphere else 5),
-        "coefficients": "jordan" if coefficients == "simple" else coefficients,
+        "coefficients": _coefficients(flags),
         "split_qkv": flags.muon_split_qkv,
+        "split_heads": flags.muon_split_heads,
         "split_fc1": flags.muon_split_fc1,
         "ns_dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
     }
 
 
-def build_matrix(name: str, params: Numbered, config: Config, mesh: Mesh) -> MatrixOptimizer[Any]:
-    """The optimizer of the hidden matrices. Collective over the ranks that share them."""
+def _coefficients(flags: OptimizerConfig) -> str:
+    """Name of the Newton-Schulz coefficients, as `optim.coefficients` spells it."""
+    kind, safety = flags.coefficient_type, flags.muon_coefficient_safety
+    spelled = {
+        "simple": "jordan",
+        "polar_express": f"polar_express:{safety}",
+        "generated": f"generated:{flags.muon_coefficient_lower}:{safety}",
+    }
+    return spelled.get(kind, kind)
+
+
+def build_matrix(
+    name: str, params: Numbered, config: Config, mesh: MatrixRanks, device: torch.device
+) -> MatrixOptimizer[Any]:
+    """The optimizer of hidden matrices that the ranks of ``mesh`` share. Collective over them."""
     flags = config.optimizer
-    shared = shared_settings(flags, mesh.device)
+    shared = shared_settings(flags, device)
     if name == "scion":
         return Muon(params, hidden_settings(flags.scion_radius, **shared), mesh)
     shared["nesterov"] = flags.muon_nesterov
@@ -74,20 +90,26 @@ def build_matrix(name: str, params: Numbered, config: Config, mesh: Mesh) -> Mat
         )
         return (SpectralSphere if name == "spectral_sphere" else MuonSphere)(params, settings, mesh)
     shared |= {"scale_mode": flags.muon_scale_mode, "extra_scale_factor": flags.muon_extra_scale_factor}
+    if name == "dion":
+        fraction, seed = flags.dion_rank_fraction, config.training.seed
+        return Dion(params, DionSettings(rank_fraction=fraction, seed=seed, **shared), mesh)
     if name == "normuon":
         return NorMuon(params, NorMuonSettings(beta2=flags.normuon_beta2, **shared), mesh)
-    return Muon(params, MuonSettings(**shared), mesh)
+    muon = MuonSettings(**shared)
+    if isinstance(mesh, Mesh) and flags.muon_distributed_mode != "owner":
+        return (LocalMuon if flags.muon_distributed_mode == "local" else GramMuon)(params, muon, mesh)
+    return Muon(params, muon, mesh)
 
 
 def build_scalar(name: str, params: Numbered, config: Config, mesh: Mesh) -> AdamW | ElementwiseOptimizer:
     """The optimizer of what no matrix optimizer takes."""
     flags = config.optimizer
-    betas = (flags.adam_beta1, flags.adam_beta2)
+    betas = adam_betas(config)
     match name:
         case "lion":
-            return Lion(params, LionSettings(betas=(flags.lion_beta1, flags.lion_beta2)))
+            return Lion(params, (flags.lion_beta1, flags.lion_beta2))
         case "adam_atan2":
-            return AdamAtan2(params, AdamAtan2Settings(betas=betas))
+            return AdamAtan2(params, betas)
         case "ademamix":
             warmup = flags.ademamix_warmup_iters
             return AdEMAMix(

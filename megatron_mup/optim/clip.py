@@ -31,9 +31,10 @@ def global_grad_norm(params: list[MainParam], mesh: Mesh) -> torch.Tensor:
     """Euclidean norm of the gradient of all logical parameters, alike on every rank.
 
     Copies count once: those of tensor ranks by tensor rank 0, a tied parameter's other copy not at all, replicas
-    because no sum runs over ``dp_replicate``. Norms of single tensors are taken in fp64 on a CPU (whose fp32
-    reduction loses digits on long tensors) and in fp32 elsewhere; their squares are summed in fp64. One number is
-    summed over each of the axes ``tp``, ``dp_shard`` and ``pp``: collective over all ranks.
+    because no sum runs over ``dp_replicate`` (``edp_replicate`` for experts). Norms of single tensors are taken in fp64
+    on a CPU (whose fp32 reduction loses digits on long tensors) and in fp32 elsewhere; their squares are summed in
+    fp64. One number is summed over each of the axes ``tp``, ``dp_shard`` and ``pp``, one of the experts over ``ep`` and
+    ``edp_shard``: collective over all ranks.
 
     Returns:
         0-d fp32 tensor on the mesh's device, without waiting for it.
@@ -41,21 +42,34 @@ def global_grad_norm(params: list[MainParam], mesh: Mesh) -> torch.Tensor:
     Raises:
         RuntimeError: a parameter that has no gradient.
     """
-    grads = gradients(params)
-    counted = [
-        grad
-        for param, grad in zip(params, grads, strict=True)
-        if grad.numel() and param.meta.tied_to is None and (param.meta.tp_dim is not None or mesh.rank("tp") == 0)
-    ]
-    square = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if counted:
-        dtype = torch.float64 if mesh.device.type == "cpu" else torch.float32
-        norms = torch._foreach_norm(counted, 2, dtype=dtype)
-        square += torch.stack(norms).double().square().sum()
-    for axis in ("tp", "dp_shard", "pp"):
+    counted: list[torch.Tensor] = []
+    of_experts: list[torch.Tensor] = []
+    for param, grad in zip(params, gradients(params), strict=True):
+        meta = param.meta
+        if meta.experts is not None:
+            of_experts.append(grad)
+        elif meta.tied_to is None and (meta.tp_dim is not None or mesh.rank("tp") == 0):
+            counted.append(grad)
+    square = _sum_over(_square(counted, mesh.device), ("tp", "dp_shard"), mesh)
+    if mesh.experts is not None:
+        square += _sum_over(_square(of_experts, mesh.device), ("ep", "edp_shard"), mesh)
+    return _sum_over(square, ("pp",), mesh).sqrt().float()
+
+
+def _square(grads: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Squared norm of tensors, 0-d fp64."""
+    grads = [grad for grad in grads if grad.numel()]
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+    return torch.stack(norms).double().square().sum()
+
+
+def _sum_over(square: torch.Tensor, axes: tuple[str, ...], mesh: Mesh) -> torch.Tensor:
+    for axis in axes:
         if mesh.size(axis) > 1:
             dist.all_reduce(square, group=mesh.group(axis))
-    return square.sqrt().float()
+    return square
 
 
 @torch.no_grad()

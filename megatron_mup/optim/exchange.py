@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from megatron_mup.optim.planner import Assignment, Plan
-from megatron_mup.parallel.layout import shard_bounds
-from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import ParamMeta
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
+Place = tuple[int, int, int]
 Shards = Mapping[str, torch.Tensor]
 
 
+class MatrixRanks(Protocol):
+    """The ranks that share matrices: shards or copies of the same ones. A `Mesh` is its stage's; see `ExpertRanks`."""
+
+    @property
+    def matrix_group(self) -> dist.ProcessGroup:
+        """The ranks."""
+
+    def matrix_places(self) -> list[Place]:
+        """Model-parallel, replica and shard coordinate of each of them, in the group's order."""
+
+    def matrix_bounds(self, meta: ParamMeta, place: Place) -> Bounds:
+        """Offsets and shape of what the rank at a place holds of a matrix."""
+
+
 class Exchange:
-    """Moves matrices between storage and compute layout over the domain of one pipeline stage.
+    """Moves matrices between storage and compute layout over the domain that shares them.
 
     A matrix's home lies in one replica and takes the shards of that replica alone; its result goes to all replicas.
 
     Args:
-        mesh: the run's mesh; None for a rank alone.
+        mesh: the ranks that share the matrices; None for a rank alone.
         device: where the tensors are.
         dtype: precision of what travels.
     """
 
-    def __init__(self, mesh: Mesh | None, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, mesh: MatrixRanks | None, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self._mesh = device, dtype, mesh
         self.places = mesh.matrix_places() if mesh is not None else [(0, 0, 0)]
         self.ranks = len(self.places)
         self.group = mesh.matrix_group if mesh is not None else None
         self.rank = dist.get_rank(self.group) if self.ranks > 1 else 0
-        self.tp = 1 + max(place[0] for place in self.places)
-        self.shards = 1 + max(place[2] for place in self.places)
+        self.is_cut = any(place[0] or place[2] for place in self.places)
 
     def check(self, plan: Plan) -> None:
         """Compares plans over the domain. Collective.
@@ -56,8 +69,9 @@ class Exchange:
 
     def bounds(self, meta: ParamMeta, rank: int) -> Bounds:
         """Offsets and shape of a rank's shard."""
-        tp_rank, _, shard_rank = self.places[rank]
-        return shard_bounds(meta, self.tp, tp_rank, self.shards, shard_rank)
+        if self._mesh is None:
+            return (0,) * len(meta.shape), meta.shape
+        return self._mesh.matrix_bounds(meta, self.places[rank])
 
     def to_homes(self, chunk: Sequence[Assignment], shards: Shards) -> Callable[[], dict[str, torch.Tensor]]:
         """Starts bringing shards home.
@@ -70,7 +84,7 @@ class Exchange:
             A function that waits and gives the whole matrices that are at home here, by name.
         """
         at_home = [a for a in chunk if a.home == self.rank]
-        if self.tp * self.shards == 1:
+        if not self.is_cut:
             return lambda: {a.meta.name: shards[a.meta.name].to(self.dtype) for a in at_home}
         outgoing = [
             [shards[a.meta.name] for a in chunk if a.home == home and self.holds(home)] for home in range(self.ranks)

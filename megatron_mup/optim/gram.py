@@ -11,6 +11,7 @@ a^2 and more each step where a positive one is held at 1. A new block forms R fr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -30,14 +31,18 @@ _LARGEST_Q = 2.0**15
 
 def block_lengths(name: str, steps: int) -> tuple[int, ...]:
     """How many steps each block has."""
-    if steps == sum(BLOCKS[name]):
+    if steps == sum(BLOCKS.get(name, ())):
         return BLOCKS[name]
     return (2,) * (steps // 2) + (1,) * (steps % 2)
 
 
 @torch.no_grad()
 def gram_newton_schulz(
-    x: torch.Tensor, schedule: tuple[tuple[float, float, float], ...], lengths: tuple[int, ...], eps: float
+    x: torch.Tensor,
+    schedule: tuple[tuple[float, float, float], ...],
+    lengths: tuple[int, ...],
+    eps: float,
+    watch: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Newton-Schulz steps on bf16 matrices, in blocks.
 
@@ -48,6 +53,7 @@ def gram_newton_schulz(
         schedule: (a, b, c) of each step.
         lengths: steps of each block.
         eps: smallest norm to divide by.
+        watch: is shown the iterate before each block, short side first; the first of them not normalized.
 
     Returns:
         bf16 ``[batch, m, n]``, new memory.
@@ -59,6 +65,8 @@ def gram_newton_schulz(
     factor, later = norm.reciprocal(), torch.ones_like(norm)
     steps = iter(schedule)
     for length in lengths:
+        if watch is not None:
+            watch(x.mT if x.shape[-2] > x.shape[-1] else x)
         r = symmetric_product(x, x, form, alpha=_SCALE_R, scale=factor.square(), dtype=torch.float16)
         q = _block_product(r, [next(steps) for _ in range(length)], factor)
         x = torch.bmm(x, q) if tall else torch.bmm(q, x)

@@ -123,6 +123,10 @@ class MainParams:
             group = self.mesh.embedding_group if axis == "embedding" else self.mesh.group(axis)
             _all_reduce_together(grads, group)
 
+    def scale_grads(self, factor: torch.Tensor) -> None:
+        """Multiplies every gradient by a 0-d tensor."""
+        torch._foreach_mul_([main.grad for main in self.params if main.grad is not None], factor)
+
     def zero_grad(self) -> None:
         """Drops all gradients."""
         self._sums.clear()

@@ -9,9 +9,9 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from megatron_mup.optim.exchange import MatrixRanks
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.matrix import Kept, MatrixOptimizer, MatrixSettings, Whole, block_shape
-from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.optim.matrix import Kept, MatrixOptimizer, MatrixSettings, Whole
 from megatron_mup.parametrization.table import Scaling
 
 
@@ -64,17 +64,18 @@ class Muon(MatrixOptimizer[MuonT]):
     forms of momentum give proportional U, and so the same steps.
     """
 
-    def __init__(self, params: list[tuple[MainParam, Scaling]], settings: MuonT, mesh: Mesh | None) -> None:
+    def __init__(self, params: list[tuple[MainParam, Scaling]], settings: MuonT, mesh: MatrixRanks | None) -> None:
         super().__init__(params, settings, mesh)
-        self._scales = {param.meta.name: self._scale(param) for param, _ in params}
+        self._scales = {param.meta.name: self._scale(param) * scaling.stored for param, scaling in params}
 
     def _scale(self, param: MainParam) -> float | torch.Tensor:
         """Factor on the orthonormal update of this shard: a number, or ``[rows, 1]`` where blocks differ."""
         settings = self.settings
-        factors = [
-            settings.extra_scale_factor * update_scale(settings.scale_mode, *block_shape(param.meta, block))
-            for block in self._blocks[param.meta.name]
-        ]
+
+        def factor(rows: int, columns: int) -> float:
+            return settings.extra_scale_factor * update_scale(settings.scale_mode, rows, columns)
+
+        factors = self.per_matrix(param.meta, factor)
         if len(set(factors)) == 1:
             return factors[0]
         return self.per_row(param, torch.tensor(factors, device=param.value.device))

@@ -3,59 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from megatron_mup.kernels.symmetric import kernel_takes
+from megatron_mup.optim.coefficients import coefficient_schedule
 from megatron_mup.optim.gram import block_lengths, gram_newton_schulz
 
-Coefficients = tuple[tuple[float, float, float], ...]
-
-_POLAR_EXPRESS_RAW = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115952949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-)
-
-COEFFICIENTS: dict[str, Coefficients] = {
-    "jordan": ((3.4445, -4.7750, 2.0315),),
-    "quintic": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
-    "polar_express": (
-        *((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS_RAW),
-        (1.875, -1.25, 0.375),
-    ),
-}
-"""Per-step (a, b, c) of X <- a X + (b A + c A^2) X with A = X X^T. Names are Megatron-LM's, but for ``jordan``:
-
-- ``jordan``: Keller Jordan's one tuple for all steps (Megatron's ``simple``); singular values end in [0.68, 1.21].
-- ``quintic``: YouJiacheng's five tuples; the flattest in five steps, [0.97, 1.15] for values above 0.01 of the norm.
-- ``polar_express``: arXiv 2505.16932 for values above 1e-3 of the norm, with its safety factor 1.01; five steps end in
-  [0.86, 1.13], eight converge.
-"""
-
-
-def coefficient_schedule(name: str, steps: int) -> Coefficients:
-    """The tuples of ``steps`` steps. Past its list, polar_express repeats its last tuple, the others start over."""
-    table = COEFFICIENTS[name]
-    if name == "polar_express":
-        return table[:steps] + table[-1:] * (steps - len(table))
-    return tuple(table[i % len(table)] for i in range(steps))
+Watch = Callable[[torch.Tensor], None]
+"""Is shown iterates ``[batch, short, long]`` on their way; must not change them."""
 
 
 @contextmanager
-def _full_fp32_products() -> Iterator[None]:
+def full_fp32_products() -> Iterator[None]:
     """Products of fp32 matrices in fp32, whatever TF32 or bf16 shortcuts the process allows elsewhere."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
@@ -75,6 +37,7 @@ def orthonormalize_plain(
     coefficients: str = "quintic",
     dtype: torch.dtype = torch.float32,
     eps: float = 1e-7,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """:func:`orthonormalize` in plain PyTorch: cast to ``dtype`` once normalized, all steps on the short side in it."""
     work = x.reshape(-1, *x.shape[-2:])
@@ -83,8 +46,10 @@ def orthonormalize_plain(
         work = work.mT
     norm = torch.linalg.vector_norm(work, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_(min=eps)
     work = torch.div(work, norm, out=torch.empty_like(work, dtype=dtype))  # computed in fp32
-    with _full_fp32_products():
+    with full_fp32_products():
         for a, b, c in coefficient_schedule(coefficients, steps):
+            if watch is not None:
+                watch(work)
             gram = work @ work.mT
             poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             work = torch.baddbmm(work, poly, work, beta=a)
@@ -111,30 +76,29 @@ def orthonormalize(
     coefficients: str = "quintic",
     dtype: torch.dtype = torch.float32,
     eps: float = 1e-7,
-    fast: bool = False,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """Approximates U V^T for each matrix U S V^T of a batch.
 
     Each matrix is divided by its Frobenius norm (taken in fp32, at least ``eps``). Zero matrices, rows and columns stay
-    zero. With ``fast``, bf16 on a GPU that has the kernels runs in Gram space (gram.py), where that pays; everything
-    else runs :func:`orthonormalize_plain`. No optimizer asks for ``fast`` yet: the kernels' present form has not passed
-    its tests on a GPU.
+    zero. bf16 on a GPU that has the kernels runs in Gram space (gram.py), where that pays; everything else runs
+    :func:`orthonormalize_plain`.
 
     Args:
         x: ``[..., m, n]``; left as it is.
         steps: Newton-Schulz steps.
-        coefficients: a name in :data:`COEFFICIENTS`.
+        coefficients: a name that `coefficient_schedule` takes.
         dtype: precision of the iteration; fp32 is full fp32, whatever the process allows elsewhere.
         eps: smallest norm to divide by.
-        fast: allow the Gram-space path.
+        watch: is shown the iterate before each step; where Gram space skips iterates, before each block of steps.
 
     Returns:
         ``[..., m, n]`` in ``dtype``, new memory.
     """
     work = x.reshape(-1, *x.shape[-2:])
-    if fast and dtype is torch.bfloat16 and steps and x.is_cuda and x.shape[-2] % 8 == 0 and gram_pays(*work.shape):
+    if dtype is torch.bfloat16 and steps and x.is_cuda and x.shape[-2] % 8 == 0 and gram_pays(*work.shape):
         halves = work.to(dtype).contiguous()
         if kernel_takes(halves):
             schedule = coefficient_schedule(coefficients, steps)
-            return gram_newton_schulz(halves, schedule, block_lengths(coefficients, steps), eps).view(x.shape)
-    return orthonormalize_plain(x, steps, coefficients, dtype, eps)
+            return gram_newton_schulz(halves, schedule, block_lengths(coefficients, steps), eps, watch).view(x.shape)
+    return orthonormalize_plain(x, steps, coefficients, dtype, eps, watch)

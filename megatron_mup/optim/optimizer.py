@@ -11,8 +11,10 @@ import torch
 from megatron_mup.config import Config
 from megatron_mup.optim.build import MATRIX_OPTIMIZERS, SCALAR_OPTIMIZERS, build_matrix, build_scalar, build_tables
 from megatron_mup.optim.clip import gradients
+from megatron_mup.optim.experts import ExpertRanks
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.planner import describe
+from megatron_mup.optim.planner import Plan, describe
+from megatron_mup.optim.switch import carry_state
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import ParamMeta, Role
 from megatron_mup.parametrization.table import Scaling, scaling
@@ -27,7 +29,8 @@ def _is_scalar(name: str, _meta: ParamMeta, numbers: Scaling) -> bool:
 
 
 def _is_matrix(name: str, meta: ParamMeta, numbers: Scaling) -> bool:
-    return numbers.optimizer == name and meta.role.is_hidden_matrix and len(meta.shape) == 2
+    matrix = meta.role.is_hidden_matrix or meta.role is Role.ROUTER
+    return numbers.optimizer == name and matrix and len(meta.shape) == 2
 
 
 RULES: Mapping[str, Rule] = {
@@ -82,15 +85,55 @@ class Optimizer:
     """All optimizers of this rank's parameters behind one step."""
 
     def __init__(self, params: list[MainParam], config: Config, mesh: Mesh) -> None:
-        """Routes parameters and allocates their state.
+        """Routes parameters and allocates their state: AdamW's for all while ``--optimizer-switch-at`` lies ahead.
 
         Raises:
             ValueError: a parameter that no rule claims, or several do; two parameters of one name.
         """
-        self._params = params
+        self._params, self._mesh = params, mesh
+        self._phase: Config | None = None
+        self._later: Config | None = None
+        self.restore(config, 0)
+
+    def restore(self, config: Config, iteration: int) -> None:
+        """Has the state that is saved after ``iteration`` iterations, to be loaded. Collective.
+
+        Args:
+            config: the run's.
+            iteration: iterations done. At ``--optimizer-switch-at`` the state is still AdamW's.
+        """
+        phase = config.at_iteration(max(0, iteration - 1))
+        self._later = None if phase is config else config
+        if phase != self._phase:
+            self._build(phase)
+
+    def advance(self, iteration: int) -> bool:
+        """Changes optimizers if ``--optimizer-switch-at`` is reached. Collective over the ranks that share matrices.
+
+        Args:
+            iteration: iterations done; called before the next one.
+
+        Returns:
+            Whether it has changed them now.
+        """
+        config = self._later
+        if config is None or config.at_iteration(iteration) is not config:
+            return False
+        state = self.state_tensors() if config.optimizer.optimizer_switch_carry_state else {}
+        steps, self._later = self._scalar.steps_done, None
+        # Frees what isn't carried before anything new is allocated.
+        del self._matrix, self._experts, self._scalar, self._tables
+        self._build(config)
+        if state:
+            carry_state(state, self.state_tensors(), self._matrix.settings)
+            self._scalar.steps_done = steps
+        return True
+
+    def _build(self, config: Config) -> None:
+        mesh, self._phase = self._mesh, config
         self._rows: list[RoutingRow] = []
         claimed: dict[str, list[tuple[MainParam, Scaling]]] = {name: [] for name in RULES}
-        for param in params:
+        for param in self._params:
             meta, numbers = param.meta, scaling(param.meta, config)
             name = route(meta, numbers)
             claimed[name].append((param, numbers))
@@ -104,18 +147,45 @@ class Optimizer:
         flags = config.optimizer
         matrix = flags.optimizer if flags.optimizer in MATRIX_OPTIMIZERS else "muon"
         scalar = "adam" if flags.optimizer == "adam" else flags.scalar_optimizer
-        self._matrix = build_matrix(matrix, claimed[matrix], config, mesh)
+        dense = [numbered for numbered in claimed[matrix] if numbered[0].meta.experts is None]
+        experts = [numbered for numbered in claimed[matrix] if numbered[0].meta.experts is not None]
+        self._matrix = build_matrix(matrix, dense, config, mesh, mesh.device)
+        self._experts = None
+        if mesh.experts is not None:
+            ranks = ExpertRanks(mesh)
+            self._experts = build_matrix(matrix, ranks.parts(experts, mesh), config, ranks, mesh.device)
         self._scalar = build_scalar(scalar, claimed[scalar], config, mesh)
         self._tables = build_tables(claimed["scion_tables"], config)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Moves initial weights to where the optimizer keeps them, as on the spectral sphere. Collective."""
+        matrices = [m for m in (self._matrix, self._experts) if m is not None]
+        if not self._matrix.places_weights:
+            return
+        for param in self._params:
+            param.grad = torch.zeros_like(param.value)
+        for optimizer in matrices:
+            optimizer.step(0.0)
+        for param in self._params:
+            param.grad = None
 
     def routing_table(self) -> list[RoutingRow]:
         """One row for each parameter of this rank, in the order given."""
         return list(self._rows)
 
+    @property
+    def matrix_plan(self) -> Plan:
+        """Where each matrix is orthonormalized, and what that costs."""
+        return self._matrix.plan
+
     def plan(self) -> str:
         """Which rank orthonormalizes which matrix of this stage, as a table (``--print-optimizer-plan``)."""
-        settings = self._matrix.settings
-        return describe(self._matrix.plan, settings.num_ns_steps, settings.ns_dtype.itemsize)
+        size = self._matrix.settings.ns_dtype.itemsize
+        dense = describe(self._matrix.plan, size)
+        if self._experts is None:
+            return dense
+        return f"{dense}\nexperts, over the ranks that hold the same ones:\n{describe(self._experts.plan, size)}"
 
     def step(self, factor: float) -> None:
         """One step at ``factor`` times the peak learning rates; gradients stay as they are.
@@ -127,6 +197,8 @@ class Optimizer:
         """
         gradients(self._params)
         self._matrix.step(factor)
+        if self._experts is not None:
+            self._experts.step(factor)
         self._tables.step(factor)
         self._scalar.step(factor)
 
@@ -141,6 +213,7 @@ class Optimizer:
             **self._scalar.state_tensors(),
             **self._tables.state_tensors(),
             **self._matrix.state_tensors(),
+            **(self._experts.state_tensors() if self._experts is not None else {}),
         }
 
     def state_scalars(self) -> dict[str, int]:

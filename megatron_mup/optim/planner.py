@@ -22,12 +22,15 @@ class Assignment:
     Attributes:
         meta: the matrix.
         home: rank in the domain.
-        cost: of its Newton-Schulz iteration, in multiply-adds.
+        cost: of one optimizer step on it, in multiply-adds.
+        mode: how it gets there. ``owner``: its shards travel; ``replica``: every rank has it, the home deals out the
+            result; ``local``: shards of the tensor-parallel part travel; ``gram``: Gram matrices travel.
     """
 
     meta: ParamMeta
     home: int
     cost: float
+    mode: str = "owner"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Plan:
 
     def digest(self) -> int:
         """63 bits that differ between plans; ranks compare them at the start."""
-        text = repr([(a.meta.name, a.meta.shape, a.home) for chunk in self.chunks for a in chunk] + [self.ranks])
+        text = repr([(a.meta.name, a.meta.shape, a.home, a.mode) for a in self.assignments] + [self.ranks])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -65,26 +68,35 @@ def newton_schulz_cost(shape: tuple[int, ...], blocks: Sequence[Block]) -> float
     rows, columns = shape
     cost = 0.0
     for block in blocks:
-        short, long = sorted((rows // block.period * block.size, columns))
-        cost += 2.0 * short**2 * long + short**3
+        count, height = block.matrices(rows)
+        short, long = sorted((height, columns))
+        cost += count * (2.0 * short**2 * long + short**3)
     return cost
 
 
-def make_plan(metas: Sequence[ParamMeta], costs: Sequence[float], ranks: int) -> Plan:
+def make_plan(
+    metas: Sequence[ParamMeta],
+    costs: Sequence[float],
+    ranks: int,
+    homes: Sequence[Sequence[int]] | None = None,
+    mode: str = "owner",
+) -> Plan:
     """Deals matrices out over the ranks of a domain, longest processing time first, over all shapes together.
 
     Args:
         metas: the matrices, the same on every rank of the domain.
         costs: of each.
         ranks: size of the domain.
+        homes: ranks that each may go to; None: any.
+        mode: see `Assignment`.
     """
     order = sorted(range(len(metas)), key=lambda i: (-costs[i], metas[i].name))
     loads = [0.0] * ranks
     dealt: list[list[Assignment]] = [[] for _ in range(ranks)]
     for index in order:
-        home = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        home = min(homes[index] if homes else range(ranks), key=lambda rank: (loads[rank], rank))
         loads[home] += costs[index]
-        dealt[home].append(Assignment(metas[index], home, costs[index]))
+        dealt[home].append(Assignment(metas[index], home, costs[index], mode))
     # A rank alone exchanges nothing and needs no chunks.
     number = 1 if ranks == 1 else max(1, round(sum(m.numel for m in metas) / ranks / CHUNK_ELEMENTS))
     chunks: list[list[Assignment]] = [[] for _ in range(number)]
@@ -96,29 +108,29 @@ def make_plan(metas: Sequence[ParamMeta], costs: Sequence[float], ranks: int) ->
     return Plan(ranks, tuple(tuple(chunk) for chunk in chunks if chunk))
 
 
-def describe(plan: Plan, steps: int, element_size: int) -> str:
+def describe(plan: Plan, element_size: int) -> str:
     """The plan as a table for people: each matrix with its home, and what each rank has to do.
 
     Args:
         plan: of one pipeline stage.
-        steps: Newton-Schulz steps in one optimizer step.
         element_size: bytes per element of what travels.
 
     Returns:
-        Lines. Bytes are those of the whole matrix, one way; FLOPs those of one orthonormalization by dense products.
+        Lines. Bytes are those of the whole matrix, one way; FLOPs those of one step by dense products.
     """
     width = max((len(a.meta.name) for a in plan.assignments), default=6)
-    lines = [f"{'matrix':{width}}  {'shape':>13}  chunk  home  {'MB':>8}  {'GFLOP':>10}"]
+    lines = [f"{'matrix':{width}}  {'shape':>13}  {'mode':>7}  chunk  home  {'MB':>8}  {'GFLOP':>10}"]
     for number, chunk in enumerate(plan.chunks):
         for a in chunk:
             shape = "x".join(map(str, a.meta.shape))
-            moved, work = a.meta.numel * element_size / 1e6, 2e-9 * steps * a.cost
-            lines.append(f"{a.meta.name:{width}}  {shape:>13}  {number:>5}  {a.home:>4}  {moved:>8.3g}  {work:>10.3g}")
+            moved, work = a.meta.numel * element_size / 1e6, 2e-9 * a.cost
+            place = f"{a.mode:>7}  {number:>5}  {a.home:>4}"
+            lines.append(f"{a.meta.name:{width}}  {shape:>13}  {place}  {moved:>8.3g}  {work:>10.3g}")
     loads, bytes_at = plan.loads(), [0] * plan.ranks
     for a in plan.assignments:
         bytes_at[a.home] += a.meta.numel * element_size
     for rank, (load, size) in enumerate(zip(loads, bytes_at, strict=True)):
-        lines.append(f"rank {rank}: {2e-9 * steps * load:.3g} GFLOP, {size / 1e6:.3g} MB")
+        lines.append(f"rank {rank}: {2e-9 * load:.3g} GFLOP, {size / 1e6:.3g} MB")
     mean = sum(loads) / plan.ranks
     balance = f"{max(loads) / mean:.3f} times the mean" if mean else "idle"
     lines.append(f"{len(plan.assignments)} matrices in {len(plan.chunks)} chunks; the busiest rank has {balance}")

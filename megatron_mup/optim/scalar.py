@@ -18,6 +18,23 @@ ATAN2_SCALE = 1.27
 """Near 4/pi: where momentum and root mean square agree, Adam-atan2 takes Adam's step."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """Shards with the same numbers, in one order throughout.
+
+    Attributes:
+        params: the shards.
+        grads: their gradients, in their precision.
+        state: by kind.
+        eps: epsilon.
+    """
+
+    params: list[MainParam]
+    grads: list[torch.Tensor]
+    state: Mapping[str, list[torch.Tensor]]
+    eps: float
+
+
 class ElementwiseOptimizer(ABC):
     """Base: state by name, one group of tensors for each set of numbers, decoupled weight decay.
 
@@ -49,19 +66,13 @@ class ElementwiseOptimizer(ABC):
             values = [param.value for param in group]
             mine = [grads[param.meta.name].to(param.value.dtype) for param in group]
             state = {kind: [self._state[param.meta.name][kind] for param in group] for kind in self.kinds}
-            updates = self.updates(group, mine, state, eps)
+            updates = self.updates(Group(group, mine, state, eps))
             if decay:
                 torch._foreach_mul_(values, 1 - lr * factor * decay)
             torch._foreach_add_(values, updates, alpha=-lr * factor)
 
     @abstractmethod
-    def updates(
-        self,
-        params: list[MainParam],
-        grads: list[torch.Tensor],
-        state: Mapping[str, list[torch.Tensor]],
-        eps: float,
-    ) -> list[torch.Tensor]:
+    def updates(self, group: Group) -> list[torch.Tensor]:
         """Advances the state of a group and gives what is to be subtracted at learning rate 1."""
 
     def state_tensors(self) -> dict[str, tuple[MainParam, torch.Tensor]]:
@@ -73,41 +84,22 @@ class ElementwiseOptimizer(ABC):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class LionSettings:
-    """Lion's settings."""
-
-    betas: tuple[float, float]
-
-
 class Lion(ElementwiseOptimizer):
     """Lion (arXiv 2302.06675): ``W -= lr sign(beta1 M + (1 - beta1) G)``, then ``M <- beta2 M + (1 - beta2) G``."""
 
     kinds = ("exp_avg",)
 
-    def __init__(self, params: list[tuple[MainParam, Scaling]], settings: LionSettings) -> None:
+    def __init__(self, params: list[tuple[MainParam, Scaling]], betas: tuple[float, float]) -> None:
         super().__init__(params)
-        self._betas = settings.betas
+        self._betas = betas
 
-    def updates(
-        self,
-        params: list[MainParam],
-        grads: list[torch.Tensor],
-        state: Mapping[str, list[torch.Tensor]],
-        eps: float,
-    ) -> list[torch.Tensor]:
+    def updates(self, group: Group) -> list[torch.Tensor]:
         """The sign of a mixture of momentum and gradient."""
         beta1, beta2 = self._betas
-        mixture = torch._foreach_lerp(state["exp_avg"], grads, 1 - beta1)
-        torch._foreach_lerp_(state["exp_avg"], grads, 1 - beta2)
+        average = group.state["exp_avg"]
+        mixture = torch._foreach_lerp(average, group.grads, 1 - beta1)
+        torch._foreach_lerp_(average, group.grads, 1 - beta2)
         return list(torch._foreach_sign(mixture))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamAtan2Settings:
-    """Adam-atan2's settings."""
-
-    betas: tuple[float, float]
 
 
 class AdamAtan2(ElementwiseOptimizer):
@@ -115,20 +107,13 @@ class AdamAtan2(ElementwiseOptimizer):
 
     kinds = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, params: list[tuple[MainParam, Scaling]], settings: AdamAtan2Settings) -> None:
+    def __init__(self, params: list[tuple[MainParam, Scaling]], betas: tuple[float, float]) -> None:
         super().__init__(params)
-        self._betas = settings.betas
+        self._betas = betas
 
-    def updates(
-        self,
-        params: list[MainParam],
-        grads: list[torch.Tensor],
-        state: Mapping[str, list[torch.Tensor]],
-        eps: float,
-    ) -> list[torch.Tensor]:
+    def updates(self, group: Group) -> list[torch.Tensor]:
         """The angle between first moment and root of the second."""
-        root = _advance_moments(grads, state["exp_avg"], state["exp_avg_sq"], self._betas, self.steps_done)
-        mean = torch._foreach_div(state["exp_avg"], 1 - self._betas[0] ** self.steps_done)
+        mean, root = _advance_moments(group, self._betas, self.steps_done)
         # PyTorch has no foreach form of atan2.
         return [m.atan2_(r).mul_(ATAN2_SCALE) for m, r in zip(mean, root, strict=True)]
 
@@ -175,36 +160,26 @@ class AdEMAMix(ElementwiseOptimizer):
         beta3 = math.exp(log_start * log_end / ((1 - share) * log_end + share * log_start))
         return alpha * share, min(beta3, end)
 
-    def updates(
-        self,
-        params: list[MainParam],
-        grads: list[torch.Tensor],
-        state: Mapping[str, list[torch.Tensor]],
-        eps: float,
-    ) -> list[torch.Tensor]:
+    def updates(self, group: Group) -> list[torch.Tensor]:
         """Both averages over the root of the squares."""
-        betas = self._settings.betas
         alpha, beta3 = self.schedule(self.steps_done)
-        root = _advance_moments(grads, state["exp_avg"], state["exp_avg_sq"], betas, self.steps_done)
-        torch._foreach_lerp_(state["exp_avg_slow"], grads, 1 - beta3)
-        torch._foreach_add_(root, eps)
-        update = list(torch._foreach_div(state["exp_avg"], 1 - betas[0] ** self.steps_done))
-        torch._foreach_add_(update, state["exp_avg_slow"], alpha=alpha)
+        slow = group.state["exp_avg_slow"]
+        torch._foreach_lerp_(slow, group.grads, 1 - beta3)
+        update, root = _advance_moments(group, self._settings.betas, self.steps_done)
+        torch._foreach_add_(update, slow, alpha=alpha)
+        torch._foreach_add_(root, group.eps)
         torch._foreach_div_(update, root)
         return update
 
 
 def _advance_moments(
-    grads: list[torch.Tensor],
-    exp_avg: list[torch.Tensor],
-    exp_avg_sq: list[torch.Tensor],
-    betas: tuple[float, float],
-    step: int,
-) -> list[torch.Tensor]:
-    """Advances Adam's two moments, in place, and gives the root of the second, bias-corrected."""
-    torch._foreach_lerp_(exp_avg, grads, 1 - betas[0])
-    torch._foreach_mul_(exp_avg_sq, betas[1])
-    torch._foreach_addcmul_(exp_avg_sq, grads, grads, 1 - betas[1])
-    root = list(torch._foreach_sqrt(exp_avg_sq))
+    group: Group, betas: tuple[float, float], step: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Advances Adam's two moments, in place; the first and the root of the second, bias-corrected, in new memory."""
+    mean, square = group.state["exp_avg"], group.state["exp_avg_sq"]
+    torch._foreach_lerp_(mean, group.grads, 1 - betas[0])
+    torch._foreach_mul_(square, betas[1])
+    torch._foreach_addcmul_(square, group.grads, group.grads, 1 - betas[1])
+    root = torch._foreach_sqrt(square)
     torch._foreach_div_(root, math.sqrt(1 - betas[1] ** step))
-    return root
+    return list(torch._foreach_div(mean, 1 - betas[0] ** step)), list(root)

@@ -6,7 +6,6 @@ Its hidden matrices take Muon's step: `hidden_settings` says with which numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.muon import MuonSettings
-from megatron_mup.optim.scalar import ElementwiseOptimizer
+from megatron_mup.optim.scalar import ElementwiseOptimizer, Group
 from megatron_mup.parametrization.meta import Role
 from megatron_mup.parametrization.table import Scaling
 
@@ -60,16 +59,11 @@ class ScionTables(ElementwiseOptimizer):
         super().__init__(params)
         self._settings = settings
 
-    def updates(
-        self,
-        params: list[MainParam],
-        grads: list[torch.Tensor],
-        state: Mapping[str, list[torch.Tensor]],
-        eps: float,
-    ) -> list[torch.Tensor]:
+    def updates(self, group: Group) -> list[torch.Tensor]:
         """The point of the ball that goes furthest along the average."""
-        torch._foreach_lerp_(state["momentum"], grads, 1 - self._settings.momentum)
-        return [self._corner(param, average) for param, average in zip(params, state["momentum"], strict=True)]
+        averages = group.state["momentum"]
+        torch._foreach_lerp_(averages, group.grads, 1 - self._settings.momentum)
+        return [self._corner(param, average) for param, average in zip(group.params, averages, strict=True)]
 
     def _corner(self, param: MainParam, average: torch.Tensor) -> torch.Tensor:
         width = param.meta.shape[1]

@@ -1,4 +1,4 @@
-"""Collectives of the tensor-parallel axis as autograd functions.
+"""Collectives of the tensor- and expert-parallel axes as autograd functions.
 
 Activations are ``[seq, batch, ...]``, so that a sequence shard is contiguous. PyTorch's functional collectives are a
 private module; it is used here alone, because torch.compile traces through it.
@@ -25,6 +25,10 @@ def _all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def _reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
+
+
+def _all_to_all(x: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), receive, send, group))
 
 
 class _Copy(torch.autograd.Function):
@@ -76,6 +80,32 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _all_gather(grad, ctx.group), None
+
+
+class _AllToAll(torch.autograd.Function):
+    """Exchange of rows forward, their gradients' way back backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.receive, ctx.send, ctx.group = receive, send, group
+        return _all_to_all(x, receive, send, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.send, ctx.receive, ctx.group), None, None, None
+
+
+def all_to_all(x: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Rows to other ranks and theirs here, in the order of ranks.
+
+    Args:
+        x: rows, those for rank 0 first.
+        receive, send: rows that come from and go to each rank; any may be 0.
+        group: the ranks.
+    """
+    return _AllToAll.apply(x, receive, send, group)
 
 
 def enter_tensor_parallel(x: torch.Tensor, axis: TensorAxis, sequence_parallel: bool) -> torch.Tensor:

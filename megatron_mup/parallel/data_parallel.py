@@ -31,14 +31,18 @@ def parameter_dtype(config: Config, mesh: Mesh) -> torch.dtype:
     return compute_dtype(config) if mesh.dp_size == 1 else main_dtype(config)
 
 
-def shard_over_data(model: nn.Module, layers: list[nn.Module], config: Config, mesh: Mesh) -> None:
+def shard_over_data(
+    model: nn.Module, layers: list[nn.Module], experts: list[nn.Module], config: Config, mesh: Mesh
+) -> None:
     """Applies FSDP2 to each layer and to the rest of a model; does nothing on a rank without data-parallel peers.
 
-    Gradients are summed, not averaged: the loss is already divided by the global number of tokens.
+    The experts of a layer are a unit of their own, over the ranks that hold the same ones. Gradients are summed, not
+    averaged: the loss is already divided by the global number of tokens.
 
     Args:
         model: a pipeline stage, on the meta device.
         layers: its transformer layers, the units that are gathered and reduced together.
+        experts: the layers' experts.
         config: sharding strategy and reduction precision.
         mesh: the run's mesh.
     """
@@ -53,6 +57,11 @@ def shard_over_data(model: nn.Module, layers: list[nn.Module], config: Config, m
     hybrid = mesh.size("dp_replicate") > 1
     axis = mesh.world["dp_replicate", "dp_shard"] if hybrid else mesh.world["dp_shard"]
     reshard = parallel.sharding == "optim_grads_params"
+    if mesh.experts is not None:
+        copies = mesh.size("edp_replicate") > 1
+        expert_axis = mesh.experts["edp_replicate", "edp_shard"] if copies else mesh.experts["edp_shard"]
+        for unit in experts:
+            fully_shard(unit, mesh=expert_axis, mp_policy=policy, reshard_after_forward=reshard)
     for layer in layers:
         fully_shard(layer, mesh=axis, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=axis, mp_policy=policy, reshard_after_forward=False)

@@ -7,73 +7,53 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_mup.parallel.chunks import chunk, shard_bounds
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import ParamMeta
 
 
-def chunk(length: int, parts: int, index: int) -> tuple[int, int]:
-    """Offset and length of one of ``parts`` chunks of ``ceil(length / parts)``; the last ones may be short or empty."""
-    size = -(-length // parts)
-    start = min(index * size, length)
-    return start, min(size, length - start)
-
-
-def shard_bounds(
-    meta: ParamMeta, tp: int, tp_rank: int, shards: int, shard_rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and shape of one rank's shard of a parameter.
-
-    Args:
-        meta: the parameter.
-        tp, tp_rank: tensor-parallel ranks, and the one in question.
-        shards, shard_rank: data shards, and the one in question.
-    """
-    offsets, local = [0] * len(meta.shape), list(meta.shape)
-    if meta.tp_dim is not None:
-        offsets[meta.tp_dim], local[meta.tp_dim] = chunk(local[meta.tp_dim], tp, tp_rank)
-    start, local[0] = chunk(local[0], shards, shard_rank)
-    offsets[0] += start
-    return tuple(offsets), tuple(local)
-
-
 @dataclass(frozen=True)
 class Layout:
-    """Place of this rank's shard of one parameter: cut by tensor rank along ``tp_dim``, then by data shard along dim 0.
+    """Place of this rank's shard of one parameter: cut by model-parallel rank, then by data shard along dimension 0.
+
+    Model-parallel ranks are tensor ranks, or expert ranks for the experts of MoE layers, whose data shards lie on an
+    axis of their own.
 
     Attributes:
         shape: global shape.
         offsets: index of the shard's first element in the global tensor, per dimension.
         local_shape: shape of the shard; a dimension may be 0.
-        tp_dim: dimension that tensor ranks cut, or None.
-        tp_rows: rows of this rank's tensor-parallel shard, before data shards cut it.
-        tp_group, shard_group: ranks along the two axes; None for a rank that is alone.
+        cut_dim: dimension that model-parallel ranks cut, or None.
+        cut_rows: rows of this rank's model-parallel shard, before data shards cut it.
+        cut_group, shard_group: ranks along the two axes; None for a rank that is alone.
     """
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     local_shape: tuple[int, ...]
-    tp_dim: int | None
-    tp_rows: int
-    tp_group: dist.ProcessGroup | None
+    cut_dim: int | None
+    cut_rows: int
+    cut_group: dist.ProcessGroup | None
     shard_group: dist.ProcessGroup | None
 
     @classmethod
     def of(cls, meta: ParamMeta, mesh: Mesh) -> Layout:
         """Layout of a parameter on a mesh."""
-        tp, tp_rank = mesh.size("tp"), mesh.rank("tp")
-        offsets, local = shard_bounds(meta, tp, tp_rank, mesh.size("dp_shard"), mesh.rank("dp_shard"))
-        tp_rows = chunk(meta.shape[0], tp, tp_rank)[1] if meta.tp_dim == 0 else meta.shape[0]
-        return cls(meta.shape, offsets, local, meta.tp_dim, tp_rows, mesh.group("tp"), mesh.group("dp_shard"))
+        cut, shard = ("tp", "dp_shard") if meta.experts is None else ("ep", "edp_shard")
+        cuts, cut_rank = mesh.size(cut), mesh.rank(cut)
+        offsets, local = shard_bounds(meta, cuts, cut_rank, mesh.size(shard), mesh.rank(shard))
+        cut_rows = chunk(meta.shape[0], cuts, cut_rank)[1] if meta.cut_dim == 0 else meta.shape[0]
+        return cls(meta.shape, offsets, local, meta.cut_dim, cut_rows, mesh.group(cut), mesh.group(shard))
 
     @classmethod
     def alone(cls, meta: ParamMeta) -> Layout:
         """Layout of a parameter that one rank holds whole."""
-        return cls(meta.shape, (0,) * len(meta.shape), meta.shape, meta.tp_dim, meta.shape[0], None, None)
+        return cls(meta.shape, (0,) * len(meta.shape), meta.shape, meta.cut_dim, meta.shape[0], None, None)
 
     def gather(self, local: torch.Tensor) -> torch.Tensor:
         """The whole tensor, on every rank. Collective over the ranks that hold one copy of it."""
-        whole = _gather(local, 0, self.tp_rows, self.shard_group)
-        return whole if self.tp_dim is None else _gather(whole, self.tp_dim, self.shape[self.tp_dim], self.tp_group)
+        whole = _gather(local, 0, self.cut_rows, self.shard_group)
+        return whole if self.cut_dim is None else _gather(whole, self.cut_dim, self.shape[self.cut_dim], self.cut_group)
 
     def shard(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's part of a whole tensor, as a view."""

@@ -1,4 +1,6 @@
-"""Who is where: the ranks of a run, laid out over the axes pipeline, tensor, replica and shard."""
+"""Who is where: the ranks of a run, laid out over the axes pipeline, tensor, replica and shard; and, for the experts of
+MoE layers, the ranks of each stage laid out anew over expert replica, expert shard and expert rank.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_mup.config import Config
+from megatron_mup.parallel.chunks import shard_bounds
+from megatron_mup.parametrization.meta import ParamMeta
 
 AXES = ("pp", "tp", "dp_replicate", "dp_shard")
+EXPERT_AXES = ("edp_replicate", "edp_shard", "ep")
 
 
 def rank_grid(pp: int, tp: int, replicate: int, shard: int) -> torch.Tensor:
@@ -22,13 +27,26 @@ def rank_grid(pp: int, tp: int, replicate: int, shard: int) -> torch.Tensor:
     return torch.arange(world).view(pp, replicate, shard, tp).permute(0, 3, 1, 2).contiguous()
 
 
+def expert_grid(pp: int, replicate: int, shard: int, ep: int) -> torch.Tensor:
+    """Ranks as ``[pp, edp_replicate, edp_shard, ep]``.
+
+    Expert ranks are neighbours, whatever their tensor and data places. Replicas are farthest apart, as they are in
+    `rank_grid`, so that a replica of the experts and one of everything else are the same ranks.
+    """
+    return torch.arange(pp * replicate * shard * ep).view(pp, replicate, shard, ep)
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """The device mesh of a run and this rank's place in it."""
+    """The device mesh of a run and this rank's place in it.
+
+    ``experts`` is the mesh of MoE layers' experts, over the same ranks; None in a run without experts.
+    """
 
     world: DeviceMesh
     device: torch.device
     _joint: dict[str, dist.ProcessGroup]
+    experts: DeviceMesh | None = None
 
     @classmethod
     def build(cls, config: Config, device: torch.device) -> Mesh:
@@ -44,24 +62,46 @@ class Mesh:
         world = DeviceMesh(device.type, grid, mesh_dim_names=AXES)
         joint = {"loss": dist.new_subgroups_by_enumeration(_rows(grid, ("pp", "dp_replicate", "dp_shard")))[0]}
         joint["matrix"] = dist.new_subgroups_by_enumeration(_rows(grid, ("tp", "dp_replicate", "dp_shard")))[0]
+        mode = config.optimizer.muon_distributed_mode
+        if mode != "owner":
+            axes = ("dp_replicate", "dp_shard") if mode == "local" else ("tp", "dp_shard")
+            joint[mode] = dist.new_subgroups_by_enumeration(_rows(grid, axes))[0]
         stages = grid.shape[0]
         if stages > 1:
             # Ranks in between get None: they hold no copy of a tied embedding.
             ends = _rows(grid[[0, stages - 1]], ("pp",))
             joint["embedding"] = dist.new_subgroups_by_enumeration(ends)[0]
-        return cls(world, device, joint)
+        experts = None
+        if config.moe.num_experts is not None:
+            ep = parallel.expert_model_parallel_size
+            holders = data * parallel.tensor_model_parallel_size // ep
+            # Without data-parallel peers, or with replicas only, nothing is sharded.
+            copies = holders if data == 1 or shard == 1 else replicate
+            experts_grid = expert_grid(parallel.pipeline_model_parallel_size, copies, holders // copies, ep)
+            experts = DeviceMesh(device.type, experts_grid, mesh_dim_names=("pp", *EXPERT_AXES))
+            columns = experts_grid.view(len(experts_grid), holders, ep).transpose(1, 2).reshape(-1, holders)
+            joint["experts"] = dist.new_subgroups_by_enumeration(columns.tolist())[0]
+        return cls(world, device, joint, experts)
+
+    def _mesh_of(self, axis: str) -> DeviceMesh:
+        if axis not in EXPERT_AXES:
+            return self.world
+        assert self.experts is not None, "a run without experts"
+        return self.experts
 
     def size(self, axis: str) -> int:
         """Ranks along an axis."""
-        return self.world.size(AXES.index(axis))
+        mesh = self._mesh_of(axis)
+        assert mesh.mesh_dim_names is not None
+        return mesh.size(mesh.mesh_dim_names.index(axis))
 
     def rank(self, axis: str) -> int:
         """This rank's place along an axis."""
-        return self.world.get_local_rank(axis)
+        return self._mesh_of(axis).get_local_rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """Process group of this rank along an axis."""
-        return self.world.get_group(axis)
+        return self._mesh_of(axis).get_group(axis)
 
     @property
     def loss_group(self) -> dist.ProcessGroup:
@@ -81,6 +121,30 @@ class Mesh:
             places.append((tp, replicate, shard))
         return places
 
+    def matrix_bounds(self, meta: ParamMeta, place: tuple[int, int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offsets and shape of the shard of a matrix at one of `matrix_places`."""
+        tp_rank, _, shard_rank = place
+        return shard_bounds(meta, self.size("tp"), tp_rank, self.size("dp_shard"), shard_rank)
+
+    @property
+    def local_group(self) -> dist.ProcessGroup:
+        """The data-parallel ranks of this stage and tensor shard; there under ``--muon-distributed-mode local``."""
+        return self._joint["local"]
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks that share one copy of this stage's matrices; there under ``--muon-distributed-mode gram``."""
+        return self._joint["gram"]
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup:
+        """The ranks that share shards or copies of the same experts."""
+        return self._joint["experts"]
+
+    def expert_places(self) -> list[tuple[int, int]]:
+        """Replica and shard coordinate of each rank of `expert_group`, in the group's order."""
+        return [(r, s) for r in range(self.size("edp_replicate")) for s in range(self.size("edp_shard"))]
+
     @property
     def embedding_group(self) -> dist.ProcessGroup:
         """The ranks of the first and the last stage that share a tied embedding."""
@@ -90,6 +154,19 @@ class Mesh:
     def tp(self) -> TensorAxis:
         """The tensor-parallel axis, as layers want it."""
         return TensorAxis(self.group("tp") if self.size("tp") > 1 else None, self.rank("tp"), self.size("tp"))
+
+    @property
+    def ep(self) -> ExpertAxis:
+        """The expert-parallel axis, as layers want it."""
+        if self.experts is None:
+            return ONE_EXPERT_RANK
+        size = self.size("ep")
+        return ExpertAxis(
+            self.group("ep") if size > 1 else None,
+            self.rank("ep"),
+            size,
+            sum_copies=self.dp_size == 1 and self.size("edp_replicate") > 1,
+        )
 
     @property
     def dp_size(self) -> int:
@@ -134,4 +211,19 @@ class TensorAxis:
         return start, min(chunk, length - start)
 
 
+@dataclass(frozen=True)
+class ExpertAxis:
+    """Place of a rank on the expert-parallel axis; ``group`` is None when it is alone.
+
+    ``sum_copies``: gradients of other ranks' copies of the same experts still have to be summed, because no data
+    parallelism does it.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    sum_copies: bool = False
+
+
 ALONE = TensorAxis(None, 0, 1)
+ONE_EXPERT_RANK = ExpertAxis(None, 0, 1)

@@ -9,10 +9,15 @@ from megatron_mup.config import Config
 
 @dataclass(frozen=True)
 class BaseSizes:
-    """Widths of the base model; where the user gave none, in proportion to this model's."""
+    """Widths of the base model; where the user gave none, in proportion to this model's.
+
+    ``shrink`` is the base model's hidden size over this model's.
+    """
 
     hidden: float
     ffn: float
+    expert_ffn: float
+    shrink: float
     head_dim: float
     heads: float
     query_groups: float
@@ -28,6 +33,8 @@ class BaseSizes:
         return cls(
             hidden=hidden,
             ffn=base.mup_base_ffn_hidden_size or model.ffn_size * shrink,
+            expert_ffn=base.mup_base_moe_ffn_hidden_size or config.expert_ffn_size * shrink,
+            shrink=shrink,
             head_dim=head_dim,
             heads=heads,
             query_groups=model.query_groups * heads / model.num_attention_heads,

@@ -15,6 +15,9 @@ class Role(StrEnum):
     ATTENTION_OUTPUT = "attention_output"
     MLP_IN = "mlp_in"
     MLP_OUT = "mlp_out"
+    ROUTER = "router"
+    EXPERT_IN = "expert_in"
+    EXPERT_OUT = "expert_out"
     READOUT = "readout"
     NORM = "norm"
     QK_NORM = "qk_norm"
@@ -23,25 +26,37 @@ class Role(StrEnum):
     @property
     def is_hidden_matrix(self) -> bool:
         """Both dimensions grow with the model."""
-        return self in (Role.QKV, Role.ATTENTION_OUTPUT, Role.MLP_IN, Role.MLP_OUT)
+        return self.is_expert or self in (Role.QKV, Role.ATTENTION_OUTPUT, Role.MLP_IN, Role.MLP_OUT)
 
     @property
     def is_output_projection(self) -> bool:
         """Last matrix of a residual branch."""
-        return self in (Role.ATTENTION_OUTPUT, Role.MLP_OUT)
+        return self in (Role.ATTENTION_OUTPUT, Role.MLP_OUT, Role.EXPERT_OUT)
+
+    @property
+    def is_expert(self) -> bool:
+        """A matrix that every expert has; those of one layer are stacked along the rows."""
+        return self in (Role.EXPERT_IN, Role.EXPERT_OUT)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One logical matrix among rows interleaved along dimension 0 of a fused tensor.
+    """Logical matrices among rows interleaved along dimension 0 of a fused tensor.
 
-    It owns the rows ``r`` with ``start <= r % period < start + size``, in order.
+    A block owns the rows ``r`` with ``start <= r % period < start + size``. In order they are one matrix; with
+    ``apart`` those of each period are a matrix of their own.
     """
 
     name: str
     start: int
     size: int
     period: int
+    apart: bool = False
+
+    def matrices(self, rows: int) -> tuple[int, int]:
+        """How many matrices it has in a tensor of ``rows`` rows, and how many rows each of them."""
+        periods = rows // self.period
+        return (periods, self.size) if self.apart else (1, periods * self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +76,11 @@ class ParamMeta:
         layer: number of the transformer layer, or None outside the stack.
         branch: residual branch it lies in, ``"attention"`` or ``"mlp"``, or None.
         tp_dim: dimension that tensor parallelism shards, or None when every tensor rank holds a copy.
+        experts: number of experts whose matrices are stacked along the rows, of which expert-parallel ranks take equal
+            shares; None for a parameter that expert parallelism doesn't touch. Fans are those of one expert's matrix.
         tied_to: name of the parameter of which this is another stage's copy; it counts, and is saved, only once.
         grad_sum_axes: axes over which the gradients of its copies still have to be summed: ``"tp"``, ``"embedding"``
-            (first and last pipeline stage).
+            (first and last pipeline stage), ``"edp_replicate"`` (copies of the same experts).
     """
 
     name: str
@@ -77,8 +94,14 @@ class ParamMeta:
     layer: int | None = None
     branch: str | None = None
     tp_dim: int | None = None
+    experts: int | None = None
     tied_to: str | None = None
     grad_sum_axes: tuple[str, ...] = ()
+
+    @property
+    def cut_dim(self) -> int | None:
+        """Dimension that model-parallel ranks cut: tensor ranks, or expert ranks for experts; None for copies."""
+        return self.tp_dim if self.experts is None else 0
 
     @property
     def numel(self) -> int:
@@ -87,6 +110,11 @@ class ParamMeta:
         for d in self.shape:
             n *= d
         return n
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of one head in a fused tensor of query, key and value: those of its smallest block in each period."""
+        return min(block.size for block in self.blocks)
 
     @property
     def width_ratio(self) -> float:

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from megatron_mup.config import Config
 from megatron_mup.parametrization.meta import ParamMeta, Role
-from megatron_mup.parametrization.schemes import SCHEMES, Kind, kind_of
-from megatron_mup.parametrization.table import forward_multipliers, ratios, scaling
+from megatron_mup.parametrization.operations import residual
+from megatron_mup.parametrization.schemes import Kind, Operations, kind_of
+from megatron_mup.parametrization.table import decay_rule, forward_multipliers, ratios, scaling, scheme_of
 
 Row = dict[str, Any]
 
@@ -44,7 +45,7 @@ def table_rows(metas: Iterable[ParamMeta], config: Config) -> list[Row]:
     Copies of a tied parameter are left out: ``sum(row["count"] * numel(shape))`` counts every parameter once. Values
     are plain numbers, strings and lists, so a row goes into JSON as it is.
     """
-    schemes = SCHEMES[config.parametrization.parametrization].rows
+    sources = {kind: row.source for kind, row in scheme_of(config).rows.items()}
     rows: dict[str, Row] = {}
     for meta in metas:
         if meta.tied_to is not None:
@@ -57,7 +58,7 @@ def table_rows(metas: Iterable[ParamMeta], config: Config) -> list[Row]:
             "fan_out": meta.fan_out,
             "base_ratio": meta.width_ratio,
             **asdict(scaling(meta, config)),
-            "source": schemes[kind].source,
+            "source": sources[kind],
         }
         row = rows.setdefault(json.dumps(facts), {**facts, "count": 0, "parameters": 0})
         row["count"] += 1
@@ -97,12 +98,22 @@ def _cell(value: Any) -> str:
 
 def _summary(config: Config) -> list[str]:
     flags, forward, r = config.parametrization, forward_multipliers(config), ratios(config)
-    follows = SCHEMES[flags.parametrization]
+    scheme = scheme_of(config)
     head = [f"parametrization: {flags.parametrization}"]
-    if follows.width:
-        head.append(f"width ratio {r.hidden:.4g}")
-    if follows.depth:
-        head.append(f"depth ratio {r.depth:.4g}, alpha {r.alpha:g}")
-    head.append(f"weight decay {flags.weight_decay_rule}")
+    if scheme.operations is not Operations.UMUP:
+        if scheme.width:
+            head.append(f"width ratio {r.hidden:.4g}")
+        if scheme.depth:
+            head.append(f"depth ratio {r.depth:.4g}, alpha {r.alpha:g}")
+    head.append(f"weight decay {decay_rule(config)}")
     factors = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in asdict(forward).items())
-    return ["; ".join(head), f"factors: {factors}"]
+    lines = ["; ".join(head), f"factors: {factors}"]
+    if scheme.operations is not Operations.PLAIN:
+        places = {"first": 0, "last": config.model.num_layers - 1}
+        shares = (
+            f"{place} {branch} {residual(config, layer, branch).branch:.3g}"
+            for place, layer in places.items()
+            for branch in ("attention", "mlp")
+        )
+        lines.append(f"weights of the branches: {', '.join(shares)}")
+    return lines

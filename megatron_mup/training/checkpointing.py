@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mup.checkpoint.background import BackgroundSaver
 from megatron_mup.checkpoint.compare import compare_configs, told_differences
-from megatron_mup.checkpoint.load import find, load, load_rng
+from megatron_mup.checkpoint.load import find, load, load_iteration, load_rng, saved_config
 from megatron_mup.checkpoint.manifest import Manifest, layout_sizes
+from megatron_mup.checkpoint.rescale import rescale, rescaling, untied
 from megatron_mup.checkpoint.save import clean, save
-from megatron_mup.checkpoint.state import Piece, checkpoint_pieces
+from megatron_mup.checkpoint.state import MODEL, OPTIMIZER, Piece, checkpoint_pieces, whole_piece
 from megatron_mup.config import Config, ConfigError, to_dict
 from megatron_mup.models.gpt import parameter_metas
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.report import table_rows
+from megatron_mup.training.guard import Guard
 from megatron_mup.training.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -39,13 +42,15 @@ class Checkpointer:
         vocab_size: number of token ids.
         mesh: the run's mesh.
         step: model and optimizer.
+        guard: what it remembers is saved and loaded too.
     """
 
-    def __init__(self, config: Config, vocab_size: int, mesh: Mesh, step: TrainStep) -> None:
-        self.config, self.mesh, self.step = config, mesh, step
+    def __init__(self, config: Config, vocab_size: int, mesh: Mesh, step: TrainStep, guard: Guard) -> None:
+        self.config, self.mesh, self.step, self.guard = config, mesh, step, guard
         self._table = table_rows(parameter_metas(config, vocab_size), config)
         self._saved: Progress | None = None
         self._tell: Callable[[str], None] = log.info
+        self._background = BackgroundSaver() if config.checkpoint.save and config.checkpoint.async_save else None
         if config.checkpoint.save:
             clean(config.checkpoint.save)
 
@@ -72,9 +77,27 @@ class Checkpointer:
             parametrization=self._table,
             layout=layout_sizes(self.mesh),
             optimizer={} if flags.no_save_optim else self.step.optimizer.state_scalars(),
+            extra={"guard": self.guard.state()},
         )
-        path = save(flags.save, self._pieces(with_optimizer=not flags.no_save_optim), manifest, flags.keep_last)
+        pieces = self._pieces(with_optimizer=not flags.no_save_optim)
+        retain = flags.save_retain_interval
+        keep_last = 1 if flags.keep_last is None and retain is not None else flags.keep_last
+        if self._background is not None:
+            self._background.start(flags.save, pieces, manifest, keep_last, retain, self._tell_saved)
+        else:
+            self._tell_saved(save(flags.save, pieces, manifest, keep_last, retain_interval=retain))
         self._saved = progress
+
+    def finish(self) -> None:
+        """Waits until what is being saved is saved. Collective.
+
+        Raises:
+            ConfigError: it can't be written; earlier checkpoints stay.
+        """
+        if self._background is not None:
+            self._background.finish()
+
+    def _tell_saved(self, path: Path) -> None:
         self._tell(f"saved {path}")
 
     def resume_or_initialise(self) -> Progress:
@@ -89,17 +112,53 @@ class Checkpointer:
         if path is None:
             if flags.load and flags.exit_on_missing_checkpoint:
                 raise ConfigError(f"--load {flags.load}", "holds no checkpoint", "correct the path")
-            self.step.main.initialise()
+            if flags.pretrained_checkpoint is not None:
+                return self._start_from(flags.pretrained_checkpoint)
+            self.step.initialise()
             return Progress()
-        return self._load(path)
+        return self._take_weights(path) if flags.finetune else self._load(path)
 
-    def _load(self, path: Path) -> Progress:
+    def _start_from(self, folder: str) -> Progress:
+        path = find(folder)
+        if path is None:
+            raise ConfigError(f"--pretrained-checkpoint {folder}", "holds no checkpoint", "correct the path")
+        return self._take_weights(path)
+
+    def _take_weights(self, path: Path) -> Progress:
+        """Loads weights only, in the units of this run's parametrization: the model computes what it did."""
+        saved = saved_config(path)
+        change = rescaling(saved, self.config)
+        self.step.optimizer.restore(self.config, 0)
+        load(path, untied(self._pieces(with_optimizer=False), saved, self.config), self.config)
+        rescale(self.step.main.params, change)
+        self.step.main.publish()
+        if dist.get_rank() == 0:
+            print(f"started from the weights of {path}; {change}")
+        return Progress()
+
+    def last_saved(self) -> Progress | None:
+        """Loads what this run saved last; None if it has saved nothing. Collective.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        self.finish()
+        save_folder = self.config.checkpoint.save
+        if save_folder is None or self._saved is None or self.config.checkpoint.no_save_optim:
+            return None
+        path = find(save_folder, self._saved.iteration)
+        return None if path is None else self._load(path, resume=True)
+
+    def _load(self, path: Path, resume: bool = False) -> Progress:
+        """Loads a checkpoint; with ``resume`` whole, whatever the flags say of the one to start from."""
         flags = self.config.checkpoint
-        with_optimizer = not (flags.finetune or flags.no_load_optim)
+        if resume:
+            flags = replace(flags, no_load_optim=False, no_load_rng=False)
+        with_optimizer = not flags.no_load_optim
+        self.step.optimizer.restore(self.config, load_iteration(path))
         manifest = load(path, self._pieces(with_optimizer), self.config)
         self.step.main.publish()
-        if flags.finetune:
-            return Progress()
+        self.guard.load_state(manifest.extra.get("guard", {}))
         if with_optimizer:
             self.step.optimizer.load_state_scalars(manifest.optimizer)
         # Flags that change what the model computes, but no shape: the tensors fit, the run wouldn't be the same.
@@ -128,4 +187,9 @@ class Checkpointer:
 
     def _pieces(self, with_optimizer: bool) -> list[Piece]:
         state = self.step.optimizer.state_tensors() if with_optimizer else None
-        return checkpoint_pieces(self.step.main.params, state)
+        pieces = checkpoint_pieces(self.step.main.params, state)
+        pieces += [whole_piece(f"{MODEL}/{name}", value) for name, value in self.step.model.expert_biases().items()]
+        if with_optimizer:
+            loads = self.step.balancing.loads()
+            pieces += [whole_piece(f"{OPTIMIZER}/load/{name}", value) for name, value in loads.items()]
+        return pieces

@@ -7,25 +7,29 @@ from typing import Literal
 
 import torch
 
-from megatron_mup.config import ModelConfig
+from megatron_mup.config import ModelConfig, MoEConfig
 
 Causal = Literal["half", "full"]
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, vocab_size: int, causal: Causal) -> float:
+def flops_per_token(
+    model: ModelConfig, seq_length: int, vocab_size: int, causal: Causal, moe: MoEConfig | None = None
+) -> float:
     """Operations of forward and backward for one token, counted as published tables count them.
 
     ``6 x matrix parameters + a x layers x heads x head width x seq_length``. Matrix parameters are those of the
-    layers and of the output layer (tied or not); embeddings, norms, biases and the padding of the vocabulary count
-    nothing, recomputed activations neither. Attention's two products over scores take ``12`` for every pair of
-    positions (``a = 12``, ``full``: torchtitan, Megatron-LM's older tables); a causal mask needs half of the pairs
-    (``a = 6``, ``half``: Megatron-LM today, Megatron-Bridge). Packed documents are counted as one sequence.
+    layers and of the output layer (tied or not), of routed experts those that a token goes to; embeddings, norms,
+    biases and the padding of the vocabulary count nothing, recomputed activations neither. Attention's two products
+    over scores take ``12`` for every pair of positions (``a = 12``, ``full``: torchtitan, Megatron-LM's older tables);
+    a causal mask needs half of the pairs (``a = 6``, ``half``: Megatron-LM today, Megatron-Bridge). Packed documents
+    are counted as one sequence.
 
     Args:
         model: architecture.
         seq_length: tokens per sequence.
         vocab_size: token ids, unpadded.
         causal: how attention is counted.
+        moe: which layers have experts, and how many of them a token goes to; None: all layers are dense.
 
     Returns:
         FLOP per token; a multiplication and an addition are two.
@@ -33,10 +37,24 @@ def flops_per_token(model: ModelConfig, seq_length: int, vocab_size: int, causal
     attention_width = model.num_attention_heads * model.head_dim
     qkv_width = (model.num_attention_heads + 2 * model.query_groups) * model.head_dim
     mlp_matrices = 3 if model.swiglu else 2
-    layer = model.hidden_size * (qkv_width + attention_width + mlp_matrices * model.ffn_size)
-    matrices = model.num_layers * layer + model.hidden_size * vocab_size
+    dense = mlp_matrices * model.ffn_size
+    # Rows and columns of hidden size, layer by layer: of attention, and of the MLP or of router and experts.
+    widths = [
+        qkv_width + attention_width + (_active_width(model, moe) if has_experts else dense)
+        for has_experts in (moe or MoEConfig()).layers(model.num_layers)
+    ]
+    matrices = model.hidden_size * (sum(widths) + vocab_size)
     per_pair = 6 if causal == "half" else 12
     return float(6 * matrices + per_pair * model.num_layers * attention_width * seq_length)
+
+
+def _active_width(model: ModelConfig, moe: MoEConfig | None) -> int:
+    """Parameters over hidden size that a token passes in an MoE layer: router, chosen experts and shared ones."""
+    assert moe is not None
+    assert moe.num_experts is not None
+    inner = moe.moe_router_topk * (moe.moe_ffn_hidden_size or model.ffn_size)
+    inner += moe.moe_shared_expert_intermediate_size or 0
+    return moe.num_experts + (3 if model.swiglu else 2) * inner
 
 
 _PEAKS: tuple[tuple[str, dict[torch.dtype, float]], ...] = (

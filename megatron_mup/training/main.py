@@ -14,16 +14,23 @@ from megatron_mup.config import Config, ConfigError, check_paths, parse_config, 
 from megatron_mup.models.gpt import parameter_metas
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.report import format_table, table_rows
+from megatron_mup.training.guard import BrokenRunError
 from megatron_mup.training.launch import Launch, init_process_group
 from megatron_mup.training.trainer import Trainer, vocabulary_size
 
 EXIT_CONFIG = 2
 """Exit code: a setting that cannot work; nothing was started."""
+EXIT_BROKEN = 3
+"""Exit code: loss or gradients are broken. The last checkpoint is good, but starting again alone won't help."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `pretrain.py`; returns the exit code. Mistakes of the user end in one message, before any rank waits."""
-    launch = Launch.from_environment()
+    try:
+        launch = Launch.from_environment()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
     try:
         config, done = _configure(argv, launch)
     except ConfigError as error:
@@ -39,6 +46,11 @@ def main(argv: Sequence[str]) -> int:
         # Devices, data and checkpoints may fail on one rank alone, so each says so.
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except BrokenRunError as error:
+        # All ranks find it together.
+        if launch.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_BROKEN
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -55,10 +67,21 @@ def _configure(argv: Sequence[str], launch: Launch) -> tuple[Config, bool]:
     check_paths(parsed.config)
     config = replace(parsed.config, model=replace(parsed.config.model, vocab_size=vocabulary_size(parsed.config)))
     validate(config, launch.world_size)
+    table_rows(parameter_metas(config, config.model.vocab_size or 1), config)  # what has no rule is refused here
     if launch.rank == 0:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return config, False
+
+
+def scaling_tables(config: Config, vocab_size: int) -> str:
+    """The table of every parameter's numbers, one for each phase of the run."""
+    metas, phases = parameter_metas(config, vocab_size), config.phases()
+    tables = []
+    for start, phase in phases.items():
+        title = f"from iteration {start} on:\n" if len(phases) > 1 else ""
+        tables.append(title + format_table(table_rows(metas, phase), phase))
+    return "\n".join(tables)
 
 
 def _run(config: Config, device: torch.device, launch: Launch) -> int:
@@ -70,7 +93,7 @@ def _run(config: Config, device: torch.device, launch: Launch) -> int:
     assert vocab_size is not None
     trainer = Trainer(config, vocab_size, Mesh.build(config, device))
     if launch.rank == 0:
-        print(format_table(table_rows(parameter_metas(config, vocab_size), config), config))
+        print(scaling_tables(config, vocab_size))
         if config.optimizer.print_optimizer_plan:
             print(trainer.step.optimizer.plan())
     with trainer:

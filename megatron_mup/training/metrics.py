@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,12 +18,14 @@ from megatron_mup.config import Config
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.training.console import Interval, open_console
 from megatron_mup.training.flops import flops_per_token, peak_flops
+from megatron_mup.training.guard import BrokenRunError
+from megatron_mup.training.routing import routing_metrics
 from megatron_mup.training.sinks import check_sinks, open_sinks
 
 GIB = 1 << 30
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(BrokenRunError):
     """A training loss or gradient norm that is infinite or not a number.
 
     Attributes:
@@ -94,6 +97,9 @@ class _Step:
     tokens: int
     learning_rates: dict[str, float]
     measured: torch.Tensor
+    left_out: bool
+    diagnostics: tuple[list[str], torch.Tensor] | None
+    routing: torch.Tensor | None
 
 
 class Metrics:
@@ -136,16 +142,20 @@ class Metrics:
         self._log_interval, self._train_iters = config.logging.log_interval, train_iters
         self._seq_length = config.training.seq_length
         self._flops = {
-            "causal half": flops_per_token(config.model, self._seq_length, vocab_size, "half"),
-            "causal full": flops_per_token(config.model, self._seq_length, vocab_size, "full"),
+            "causal half": flops_per_token(config.model, self._seq_length, vocab_size, "half", config.moe),
+            "causal full": flops_per_token(config.model, self._seq_length, vocab_size, "full", config.moe),
         }
         self._peak = None
         if mesh.device.type == "cuda":
             dtype = torch.bfloat16 if config.training.bf16 else torch.float32
             self._peak = peak_flops(torch.cuda.get_device_name(mesh.device), dtype)
+        has_experts = config.moe.layers(config.model.num_layers)
+        self._expert_layers = [layer for layer, has in enumerate(has_experts) if has]
+        self._per_layer = config.moe.moe_per_layer_logging
         self.timer = StepTimer(mesh.device)
         self._pending: list[_Step] = []
         self._measured: list[tuple[float, float]] = []
+        self._left_out = 0
         self._tokens = 0
         self._paused: dict[str, float] = {}
         self._interval_start = time.perf_counter()
@@ -160,6 +170,9 @@ class Metrics:
         batch_size: int,
         tokens: int,
         phases: Mapping[str, float] | None = None,
+        left_out: bool = False,
+        diagnostics: tuple[list[str], torch.Tensor] | None = None,
+        routing: torch.Tensor | None = None,
     ) -> None:
         """Takes one step. Waits for the device only where a log interval, or the run, ends with it.
 
@@ -172,12 +185,25 @@ class Metrics:
             batch_size: sequences of this step, over all ranks.
             tokens: input tokens of this step, over all ranks.
             phases: seconds by phase that :attr:`timer` hasn't seen.
+            left_out: the optimizer didn't take the step (`training.guard`); its loss and gradient norm don't count.
+            diagnostics: names and values of a diagnosis (`training.diagnostics`), the values on the device.
+            routing: what the routers counted (`training.balancing`), on the device; None without experts.
 
         Raises:
             NonFiniteError: at the end of an interval in which a loss or gradient norm wasn't finite.
         """
         measured = torch.stack((loss.detach(), grad_norm.detach()))
-        step = _Step(iteration, consumed_samples, batch_size, tokens, dict(learning_rates), measured)
+        step = _Step(
+            iteration,
+            consumed_samples,
+            batch_size,
+            tokens,
+            dict(learning_rates),
+            measured,
+            left_out,
+            diagnostics,
+            routing,
+        )
         self._pending.append(step)
         self._tokens += tokens
         for phase, seconds in (phases or {}).items():
@@ -266,7 +292,7 @@ class Metrics:
     def _end_interval(self, step: _Step) -> None:
         """Measures the interval that ends with ``step``, and shows and records it."""
         self._synchronize()
-        steps = len(self._measured) + len(self._pending)
+        steps = len(self._measured) + len(self._pending) + self._left_out
         seconds = time.perf_counter() - self._interval_start - sum(self._paused.values())
         per_device = self._tokens / seconds / self._devices
         tflops = {name: per_device * flops / 1e12 for name, flops in self._flops.items()}
@@ -289,8 +315,8 @@ class Metrics:
                     iteration=step.iteration,
                     consumed_samples=step.consumed_samples,
                     batch_size=step.batch_size,
-                    loss=math.fsum(loss for loss, _ in self._measured) / steps,
-                    grad_norm=self._measured[-1][1],
+                    loss=statistics.fmean(loss for loss, _ in self._measured) if self._measured else math.nan,
+                    grad_norm=self._measured[-1][1] if self._measured else math.nan,
                     learning_rates=step.learning_rates,
                     step_seconds=seconds / steps,
                     tokens_per_s=self._tokens / seconds,
@@ -299,7 +325,7 @@ class Metrics:
                     mfu=mfu,
                 )
             )
-        self._measured, self._tokens, self._paused = [], 0, {}
+        self._measured, self._left_out, self._tokens, self._paused = [], 0, 0, {}
         self._interval_start = time.perf_counter()
 
     def _bring_to_host(self, of_the_last: Mapping[str, float]) -> None:
@@ -308,18 +334,27 @@ class Metrics:
         if not steps:
             return
         for step, (loss, grad_norm) in zip(steps, torch.stack([s.measured for s in steps]).tolist(), strict=True):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            if step.left_out:
+                self._left_out += 1
+                found = {"train/left out": 1.0}
+            elif not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 self._flush_sinks()
                 raise NonFiniteError(step.iteration, loss, grad_norm)
-            self._measured.append((loss, grad_norm))
+            else:
+                self._measured.append((loss, grad_norm))
+                found = {"train/lm loss": loss, "train/grad norm": grad_norm}
             scalars = {
-                "train/lm loss": loss,
-                "train/grad norm": grad_norm,
+                **found,
                 "train/batch size": step.batch_size,
                 "train/consumed samples": step.consumed_samples,
                 "train/consumed tokens": step.consumed_samples * self._seq_length,
                 **{f"lr/{name}": rate for name, rate in step.learning_rates.items()},
             }
+            if step.diagnostics is not None:
+                names, values = step.diagnostics
+                scalars |= {f"diagnostics/{name}": v for name, v in zip(names, values.tolist(), strict=True)}
+            if step.routing is not None:
+                scalars |= routing_metrics(step.routing.cpu(), self._expert_layers, self._per_layer)
             self._write(step.iteration, {**scalars, **(of_the_last if step is steps[-1] else {})}, flush=False)
         self._flush_sinks()
 

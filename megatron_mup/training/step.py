@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,11 +13,13 @@ import torch.distributed as dist
 
 from megatron_mup.config import Config
 from megatron_mup.layers.loss import IGNORE
-from megatron_mup.models.gpt import GPT
+from megatron_mup.models.gpt import GPT, parameter_metas
 from megatron_mup.optim.clip import clip_, global_grad_norm
 from megatron_mup.optim.main_params import MainParams
 from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.parametrization.operations import scales_gradients
+from megatron_mup.training.balancing import Balancing
 from megatron_mup.training.forward_backward import Batch, ForwardBackward
 
 
@@ -24,6 +28,15 @@ class PhaseTimer(Protocol):
 
     def __call__(self, phase: str) -> AbstractContextManager[None]:
         """Context in which the phase runs."""
+
+
+Gate = Callable[[torch.Tensor, torch.Tensor], bool]
+"""Whether the optimizer takes a step, given its loss and gradient norm; the same on all ranks."""
+
+
+def always(_loss: torch.Tensor, _grad_norm: torch.Tensor) -> bool:
+    """Takes every step."""
+    return True
 
 
 def untimed(_phase: str) -> AbstractContextManager[None]:
@@ -39,11 +52,13 @@ class StepResult:
         loss: mean language-model loss per valid token, nats.
         grad_norm: global gradient norm before clipping.
         request: sum of the numbers that ranks passed as ``request``.
+        routing: what the routers counted, see `Balancing.finish`; None in a model without experts.
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     request: torch.Tensor
+    routing: torch.Tensor | None = None
 
 
 class TrainStep:
@@ -60,28 +75,50 @@ class TrainStep:
         self.main = MainParams(model, model.metas, config, mesh)
         self.optimizer = Optimizer(self.main.params, config, mesh)
         self.forward_backward = ForwardBackward(model, config, mesh)
+        self.balancing = Balancing(model, config, mesh)
+        self.unit_scaled = scales_gradients(config)
+        self.largest_norm = config.optimizer.clip_grad
+        if self.unit_scaled:
+            # Gradients there have a root mean square of about 1, so that is what the limit is for.
+            self.largest_norm *= math.sqrt(sum(meta.numel for meta in parameter_metas(config, model.vocab_size)))
 
-    def __call__(self, batch: Batch, factor: float, request: int = 0, timer: PhaseTimer = untimed) -> StepResult:
-        """Takes one step; no host synchronisation.
+    def initialise(self) -> None:
+        """Gives parameters their initial values. Collective."""
+        self.main.initialise()
+        self.optimizer.start()
+        self.main.publish()
+
+    def __call__(
+        self, batch: Batch, factor: float, request: int = 0, timer: PhaseTimer = untimed, gate: Gate = always
+    ) -> StepResult:
+        """Takes one step; no host synchronisation but the gate's.
 
         Args:
             batch: this rank's samples of the global batch, on the device.
             factor: of the peak learning rates.
             request: a number whose sum all ranks shall learn (a wish to stop, see `training.signals`).
             timer: measures the phases.
+            gate: a step that it refuses leaves weights and state as they were, to the bit.
         """
         with timer("forward-backward"):
             tokens, requests = self._agree(batch, request)
-            sums = self.forward_backward(batch, tokens)
+            self.balancing.begin(len(batch["tokens"]) // self.config.training.micro_batch_size * self.mesh.dp_size)
+            sums = self.forward_backward(batch, torch.ones_like(tokens) if self.unit_scaled else tokens)
         with timer("gradients"):
             self.main.collect_grads()
+            if self.unit_scaled:
+                self.main.scale_grads(tokens.rsqrt())
             norm = global_grad_norm(self.main.params, self.mesh)
-            clip_(self.main.params, norm, self.config.optimizer.clip_grad)
+            loss = self._mean_loss(sums, tokens)
+        taken = gate(loss, norm)
         with timer("optimizer"):
-            self.optimizer.step(factor)
-            self.main.publish()
+            if taken:
+                clip_(self.main.params, norm, self.largest_norm)
+                self.optimizer.step(factor)
+                self.main.publish()
             self.main.zero_grad()
-        return StepResult(self._mean_loss(sums, tokens), norm, requests)
+            routing = self.balancing.finish(taken)
+        return StepResult(loss, norm, requests, routing)
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """Sum of the loss and number of valid tokens ``[2]`` of a global batch, equal on all ranks, on the device."""

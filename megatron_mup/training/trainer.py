@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -16,10 +17,13 @@ from megatron_mup.optim.schedule import LRSchedule
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.training.batch_size import BatchSizeRamp
 from megatron_mup.training.checkpointing import Checkpointer, Progress
+from megatron_mup.training.diagnostics import Diagnostics
 from megatron_mup.training.forward_backward import Batch
+from megatron_mup.training.guard import BrokenRunError, Guard
 from megatron_mup.training.metrics import Metrics
 from megatron_mup.training.signals import EXIT_FINISHED, EXIT_STOPPED, StopRequest
 from megatron_mup.training.step import TrainStep
+from megatron_mup.training.watchdog import Watchdog
 
 
 def vocabulary_size(config: Config) -> int:
@@ -75,9 +79,13 @@ class Trainer:
         self.schedule = LRSchedule.from_config(config, self.ramp.full)
         self.train_data, self.valid_data = self._loaders()
         self.step = TrainStep(build_model(config, vocab_size, mesh), config, mesh)
+        self.diagnostics = Diagnostics(self.step, config, mesh)
         # Of all stages: the rank that logs holds one.
-        self.peak_rates = peak_learning_rates(parameter_metas(config, vocab_size), config)
-        self.checkpointer = Checkpointer(config, vocab_size, mesh, self.step)
+        metas = parameter_metas(config, vocab_size)
+        self.peak_rates = {p.optimizer.optimizer: peak_learning_rates(metas, p) for p in config.phases().values()}
+        self.guard, self.rollbacks = Guard(config), 0
+        self.watchdog = Watchdog(config.guard.watchdog_minutes, mesh.world.get_rank(), lambda: self.progress.iteration)
+        self.checkpointer = Checkpointer(config, vocab_size, mesh, self.step, self.guard)
         self.progress = self.checkpointer.resume_or_initialise()
 
     def train(self) -> int:
@@ -86,17 +94,22 @@ class Trainer:
         exit_code, evaluated = EXIT_FINISHED, False
         metrics = Metrics(config, self.mesh, self.vocab_size, self.progress.iteration, self.length.iterations)
         stop = StopRequest(training.exit_duration_in_mins, self.mesh.device)
-        with metrics, stop:
+        with metrics, stop, self.watchdog:
             self.checkpointer.tell(metrics.message)
             while self.progress.iteration < self.length.iterations:
                 self._one_iteration(metrics, stop)
+                if self.guard.exhausted:
+                    self._roll_back(metrics)
+                    continue
                 done = self.progress.iteration
                 evaluated = self._is_due(training.eval_interval)
                 if evaluated:
                     self._evaluate(metrics)
                 if self._is_due(config.checkpoint.save_interval):
                     self._save(metrics)
-                if (reason := stop.agreed()) and done < self.length.iterations:
+                with self.watchdog.phase("waiting for the device"):
+                    reason = stop.agreed()
+                if reason and done < self.length.iterations:
                     metrics.message(f"stopping after iteration {done}: {reason}")
                     exit_code = EXIT_STOPPED
                     break
@@ -106,6 +119,7 @@ class Trainer:
                 if training.eval_interval and not evaluated:
                     self._evaluate(metrics)
             self._save(metrics)
+            self.checkpointer.finish()
         return exit_code
 
     def _is_due(self, interval: int | None) -> bool:
@@ -116,7 +130,7 @@ class Trainer:
         if self.checkpointer.is_saved(self.progress):
             return
         metrics.flush()
-        with metrics.pause("checkpoint"):
+        with self.watchdog.phase("checkpoint"), metrics.pause("checkpoint"):
             self.checkpointer.save(self.progress)
 
     def __enter__(self) -> Trainer:
@@ -134,9 +148,20 @@ class Trainer:
         size = self.ramp.global_batch_size(progress.consumed_samples)
         by_samples = self.config.training.train_samples is not None
         factor = self.schedule.factor(progress.consumed_samples if by_samples else progress.iteration)
-        with metrics.timer("data"):
-            batch = self._to_device(self.train_data.batches(progress.consumed_samples, size))
-        result = self.step(batch, factor, stop.local(), metrics.timer)
+        phase = self.config.at_iteration(progress.iteration)
+        if self.step.optimizer.advance(progress.iteration):
+            metrics.message(f"from iteration {progress.iteration} on the optimizer is {phase.optimizer.optimizer}")
+            if phase.optimizer.print_optimizer_plan:
+                metrics.message(self.step.optimizer.plan())
+        timer = self.watchdog.over(metrics.timer)
+        with timer("data"):
+            batch = self.batch(progress.consumed_samples, size)
+        take = partial(self.step, batch, factor, stop.local(), timer, self.guard.accepts)
+        interval, diagnostics = self.config.logging.diagnostics_interval, None
+        if interval is not None and (progress.iteration + 1) % interval == 0:
+            result, diagnostics = self.diagnostics.around(batch, take)
+        else:
+            result = take()
         stop.submit(result.request)
         self.progress = Progress(progress.iteration + 1, progress.consumed_samples + size)
         metrics.record(
@@ -144,17 +169,55 @@ class Trainer:
             consumed_samples=self.progress.consumed_samples,
             loss=result.loss,
             grad_norm=result.grad_norm,
-            learning_rates={name: peak * factor for name, peak in self.peak_rates.items()},
+            learning_rates={name: peak * factor for name, peak in self.peak_rates[phase.optimizer.optimizer].items()},
             batch_size=size,
             tokens=size * self.config.training.seq_length,
+            left_out=self.guard.reason is not None,
+            diagnostics=diagnostics,
+            routing=result.routing,
         )
+        if self.guard.reason is not None:
+            metrics.message(f"iteration {self.progress.iteration} left out: {self.guard.reason}")
+
+    def _roll_back(self, metrics: Metrics) -> None:
+        """Goes back to the last checkpoint of this run, but on in the data.
+
+        Raises:
+            BrokenRunError: there is none, or the run has gone back as often as it may.
+        """
+        broken = self.progress
+        reason = f"{self.guard.skipped} steps in a row were left out up to iteration {broken.iteration}"
+        if self.rollbacks == self.config.guard.max_rollbacks:
+            raise BrokenRunError(
+                f"{reason}, and the run has gone back to a checkpoint {self.rollbacks} times (--max-rollbacks). Look "
+                "at the data, or go on from a checkpoint with a lower --lr"
+            )
+        metrics.flush()
+        with metrics.pause("checkpoint"):
+            saved = self.checkpointer.last_saved()
+        if saved is None:
+            raise BrokenRunError(f"{reason}; this run has saved no checkpoint to go back to (--save, --save-interval)")
+        self.rollbacks += 1
+        self.guard.restart()
+        self.progress = Progress(saved.iteration, broken.consumed_samples)
+        metrics.message(
+            f"{reason}: back to iteration {saved.iteration}, without samples {saved.consumed_samples} to "
+            f"{broken.consumed_samples}"
+        )
+
+    def batch(self, consumed_samples: int, size: int) -> Batch:
+        """This rank's samples, on the device, of the global batch of ``size`` that follows ``consumed_samples``."""
+        # After samples were passed over the last steps find none left; they start from the front again.
+        if consumed_samples + size > self.length.samples:
+            consumed_samples = max(0, consumed_samples - self.length.samples)
+        return self._to_device(self.train_data.batches(consumed_samples, size))
 
     def _evaluate(self, metrics: Metrics) -> None:
         """Mean loss over the first ``--eval-iters`` global batches of the validation split, the same ones each time."""
         if self.valid_data is None:
             return
         totals, size = torch.zeros(2, device=self.mesh.device), self.ramp.full
-        with metrics.pause("evaluation"):
+        with self.watchdog.phase("evaluation"), metrics.pause("evaluation"):
             for index in range(self.config.training.eval_iters):
                 totals += self.step.evaluate(self._to_device(self.valid_data.batches(index * size, size)))
             loss, tokens = totals.tolist()

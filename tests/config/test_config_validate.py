@@ -96,6 +96,10 @@ def test_what_works_passes_without_a_word(argv, world_size):
         ("--lr-decay-style power", 1, ["--lr-decay-style power", "--lr-power-scale"]),
         ("--min-lr 1", 1, ["--min-lr 1.0", "--lr 0.0003"]),
         ("--lr-warmup-init 1 --lr-warmup-iters 2", 1, ["--lr-warmup-init 1.0"]),
+        # optimizer
+        ("--optimizer dion --dion-rank-fraction 0", 1, ["--dion-rank-fraction 0", "above 0 and at most 1"]),
+        ("--optimizer dion --muon-tp-mode distributed", 1, ["--muon-distributed-mode gram", "--optimizer muon"]),
+        ("--optimizer muon --muon-split-heads --muon-no-split-qkv", 1, ["--muon-split-heads", "--no-muon-split-qkv"]),
         # parametrization
         ("--depth-alpha 0.7", 1, ["--depth-alpha 0.7", "0.5 and 1"]),
         ("--parametrization completep --mup-ffn-residual-scale 1.4", 1, ["--mup-ffn-residual-scale 1.4", "completep"]),

@@ -20,8 +20,14 @@ def gpus() -> Iterator[Pool]:
 
 
 @pytest.fixture
-def meshes() -> Iterator[dict[str, Mesh]]:
-    """Meshes of this process alone, on either device."""
+def process_group() -> Iterator[None]:
+    """Of this process alone, for either device."""
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield {kind: Mesh.build(Config(), torch.device(kind)) for kind in ("cpu", "cuda")}
+    yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def meshes(process_group: None) -> dict[str, Mesh]:
+    """Meshes of this process alone, on either device."""
+    return {kind: Mesh.build(Config(), torch.device(kind)) for kind in ("cpu", "cuda")}

@@ -15,24 +15,30 @@ SAMPLES = 8
 MODEL = (
     "--num-layers 2 --hidden-size 256 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 512 --swiglu "
     f"--seq-length 128 --global-batch-size {SAMPLES} --micro-batch-size 2 --init-method-std 0.05 --qk-layernorm "
-    "--untie-embeddings-and-output-weights --disable-bias-linear --parametrization completep "
-    "--mup-base-hidden-size 128 --base-num-layers 1 --lr 2e-3"
+    "--untie-embeddings-and-output-weights --disable-bias-linear --lr 2e-3"
 )
+COMPLETEP = "--parametrization completep --mup-base-hidden-size 128 --base-num-layers 1"
+UMUP = "--parametrization umup --lr 0.1"
+MUNIT = "--parametrization munit --norm-position post-branch --residual-tau 0.3 --lr 0.02"
 FEATURES = (
     "--hidden-dropout 0.1 --attention-dropout 0.1 --normalization LayerNorm --no-swiglu --no-disable-bias-linear "
     "--position-embedding-type learned_absolute --no-untie-embeddings-and-output-weights --cross-entropy-z-loss 1e-2"
 )
+EXPERTS = (
+    f"{COMPLETEP} --num-experts 4 --moe-ffn-hidden-size 128 --moe-shared-expert-intermediate-size 64 "
+    "--moe-aux-loss-coeff 0.01"
+)
 BF16 = "--bf16 --torch-compile"
 
 
-def gpu_config(*flags: str) -> Config:
+def gpu_config(*flags: str, scheme: str = COMPLETEP) -> Config:
     """The GPU tests' model with further flags."""
-    return config_of(MODEL, *flags)
+    return config_of(MODEL, scheme, *flags)
 
 
 def gpu_words(*flags: str) -> list[str]:
     """The same as a command line."""
-    return words(MODEL, *flags)
+    return words(MODEL, COMPLETEP, *flags)
 
 
 def share(config: Config, mesh: Mesh, number: int) -> dict[str, torch.Tensor]:

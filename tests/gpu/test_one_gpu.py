@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.gpu_runs import BF16, FEATURES, gpu_config, gpu_words, share, train
+from megatron_mup.parallel.mesh import Mesh
+from tests.gpu.gpu_runs import BF16, EXPERTS, FEATURES, MUNIT, UMUP, gpu_config, gpu_words, share, train
 from tests.runs import pretrain, recorded, relative_error, saved_tensors, step_of
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +43,25 @@ def test_fp32_equals_the_cpu(meshes, optimizer, features):
         # A key's bias has no gradient in truth; it moves by rounding.
         if value.dim() > 1:
             assert relative_error(seen["cuda"]["weights"][name], value) < 1e-4, name
+
+
+OTHER_MODELS = {"experts": EXPERTS, "umup": UMUP, "munit": MUNIT}
+
+
+@pytest.mark.parametrize("model", OTHER_MODELS)
+def test_other_models_equal_the_cpu(process_group, model):
+    config = gpu_config(scheme=OTHER_MODELS[model])
+    seen = {kind: train(config, Mesh.build(config, torch.device(kind))) for kind in ("cpu", "cuda")}
+    close(seen["cuda"], seen["cpu"], 1e-4)
+    torch.testing.assert_close(seen["cuda"]["norms"][0], seen["cpu"]["norms"][0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("model", OTHER_MODELS)
+def test_other_models_compiled_in_bf16(process_group, model):
+    """Grouped products and unit scales, against fp32."""
+    mesh = Mesh.build(gpu_config(scheme=OTHER_MODELS[model]), torch.device("cuda"))
+    plain, compiled = (train(gpu_config(flag, scheme=OTHER_MODELS[model]), mesh, 5) for flag in ("", BF16))
+    close(compiled, plain, 3e-2)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

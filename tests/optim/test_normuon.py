@@ -6,8 +6,8 @@ import pytest
 import torch
 from optim_cases import GATE_UP_BLOCKS, alone, meta, numbers
 
+from megatron_mup.optim.coefficients import coefficient_schedule
 from megatron_mup.optim.muon import Muon, MuonSettings, NorMuon, NorMuonSettings
-from megatron_mup.optim.newton_schulz import COEFFICIENTS
 from megatron_mup.parametrization.meta import Role
 
 SHAPES = [(16, 48), (48, 16), (32, 32), (7, 20)]
@@ -20,7 +20,7 @@ def random(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 def newton_schulz(x: torch.Tensor, name: str) -> torch.Tensor:
     x = x / x.norm()
     for i in range(5):
-        a, b, c = COEFFICIENTS[name][i % len(COEFFICIENTS[name])]
+        a, b, c = coefficient_schedule(name, i + 1)[i]
         s = x @ x.T
         x = a * x + (b * s + c * s @ s) @ x
     return x

@@ -18,7 +18,7 @@ from megatron_mup.parallel.mesh import Mesh
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-CONFIG = Config(optimizer=OptimizerConfig(optimizer="muon", lr=1e-2, muon_ns_dtype="fp32"))
+OPTIMIZERS = ("muon", "normuon", "muonsphere", "spectral_sphere", "scion", "dion")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,13 @@ def meshes() -> Iterator[dict[str, Mesh]]:
     dist.destroy_process_group()
 
 
-def build(mesh: Mesh, dtype: torch.dtype = torch.float32) -> tuple[list[MainParam], Optimizer]:
+def build(
+    mesh: Mesh, name: str, dtype: torch.dtype = torch.float32, ns_dtype: str = "fp32"
+) -> tuple[list[MainParam], Optimizer]:
     torch.manual_seed(0)
     params = [alone(m, torch.randn(m.shape).to(mesh.device, dtype)) for m in model_metas()]
-    return params, Optimizer(params, CONFIG, mesh)
+    config = Config(optimizer=OptimizerConfig(optimizer=name, lr=1e-2, muon_ns_dtype=ns_dtype))
+    return params, Optimizer(params, config, mesh)
 
 
 def train(params: list[MainParam], optimizer: Optimizer, mesh: Mesh, steps: int = 3) -> torch.Tensor:
@@ -47,20 +50,22 @@ def train(params: list[MainParam], optimizer: Optimizer, mesh: Mesh, steps: int 
     return norm
 
 
-def test_same_numbers_as_the_cpu(meshes):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_same_numbers_as_the_cpu(meshes, name):
     results = {}
     for kind, mesh in meshes.items():
-        params, optimizer = build(mesh)
+        params, optimizer = build(mesh, name)
         results[kind] = (train(params, optimizer, mesh), [param.value for param in params])
     torch.testing.assert_close(results["cuda"][0].cpu(), results["cpu"][0], rtol=1e-6, atol=0)
     for got, want in zip(results["cuda"][1], results["cpu"][1], strict=True):
         assert ((got.cpu() - want).norm() / want.norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_wait_for_the_device(meshes, dtype):
+def test_no_wait_for_the_device(meshes, name, dtype):
     mesh = meshes["cuda"]
-    params, optimizer = build(mesh, dtype)
+    params, optimizer = build(mesh, name, dtype, "fp32" if dtype is torch.float32 else "bf16")
     train(params, optimizer, mesh, steps=1)
     for param in params:
         param.grad = torch.ones_like(param.value)

@@ -44,14 +44,14 @@ def test_chunks_hold_each_matrix_once_and_are_even(monkeypatch):
 
 
 def test_description():
-    lines = describe(plan_of([(1000, 2000), (1000, 1000)], 2), steps=5, element_size=2).splitlines()
+    lines = describe(plan_of([(1000, 2000), (1000, 1000)], 2), element_size=2).splitlines()
     assert len(lines) == 1 + 2 + 2 + 1
-    # 2 FLOPs x 5 steps x (2 n^2 m + n^3).
-    assert lines[1].split() == ["w0", "1000x2000", "0", "0", "4", "50"]
-    assert lines[2].split() == ["w1", "1000x1000", "0", "1", "2", "30"]
-    assert lines[3] == "rank 0: 50 GFLOP, 4 MB"
+    # 2 FLOPs x (2 n^2 m + n^3).
+    assert lines[1].split() == ["w0", "1000x2000", "owner", "0", "0", "4", "10"]
+    assert lines[2].split() == ["w1", "1000x1000", "owner", "0", "1", "2", "6"]
+    assert lines[3] == "rank 0: 10 GFLOP, 4 MB"
     assert lines[-1] == "2 matrices in 1 chunks; the busiest rank has 1.250 times the mean"
-    assert describe(make_plan([], [], 2), 5, 4).splitlines()[-1].endswith("idle")
+    assert describe(make_plan([], [], 2), 4).splitlines()[-1].endswith("idle")
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

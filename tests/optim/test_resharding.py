@@ -23,6 +23,7 @@ CONFIGS = {
         ("muonsphere", "adam"),
         ("spectral_sphere", "lion"),
         ("scion", "adam"),
+        ("dion", "adam"),
     )
 }
 

@@ -10,17 +10,15 @@ import torch
 from optim_cases import alone, meta, numbers
 
 from megatron_mup.config import Config, ConfigError, OptimizerConfig, ParametrizationConfig
-from megatron_mup.config.rules import check_optimizer
+from megatron_mup.config.rules import check_optimizer, check_parametrization
 from megatron_mup.config.unused import unused
 from megatron_mup.optim.muon import Muon
 from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.optim.scalar import (
     AdamAtan2,
-    AdamAtan2Settings,
     AdEMAMix,
     AdEMAMixSettings,
     Lion,
-    LionSettings,
 )
 from megatron_mup.optim.scion import ScionTables, ScionTableSettings, hidden_settings
 from megatron_mup.parametrization.meta import Role
@@ -63,8 +61,8 @@ def ademamix(w, grads, lr, decay, eps, warmup=4, alpha=5.0, beta3=0.999):
 
 
 BUILD = {
-    lion: lambda p: Lion(p, LionSettings(betas=BETAS)),
-    adam_atan2: lambda p: AdamAtan2(p, AdamAtan2Settings(betas=BETAS)),
+    lion: lambda p: Lion(p, BETAS),
+    adam_atan2: lambda p: AdamAtan2(p, BETAS),
     ademamix: lambda p: AdEMAMix(p, AdEMAMixSettings(betas=BETAS, beta3=0.999, alpha=5.0, warmup=4)),
 }
 
@@ -203,7 +201,7 @@ def test_defaults_of_the_papers(lone_mesh):
 
     for name in ("muonsphere", "spectral_sphere"):
         settings = built(optimizer=name)
-        assert (settings.momentum, settings.num_ns_steps, settings.coefficients) == (0.9, 8, "polar_express")
+        assert (settings.momentum, settings.num_ns_steps, settings.coefficients) == (0.9, 8, "polar_express:1.01")
         assert settings.nesterov
     settings = built(optimizer="scion")
     assert (settings.momentum, settings.nesterov, settings.extra_scale_factor) == (0.9, False, 50.0)
@@ -236,7 +234,7 @@ def test_weight_decay_where_there_are_balls(lone_mesh):
 def test_refusals():
     scheme = ParametrizationConfig(parametrization="mup")
     with pytest.raises(ConfigError, match="Scion's norms follow width"):
-        check_optimizer(replace(of(optimizer="scion"), parametrization=scheme))
+        check_parametrization(replace(of(optimizer="scion"), parametrization=scheme))
     dynamic = {"sphere_retraction": "dynamic", "weight_decay": 0.0}
     with pytest.raises(ConfigError, match="as strong as the weight decay"):
         check_optimizer(of(optimizer="muonsphere", **dynamic))

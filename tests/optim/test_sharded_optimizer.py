@@ -27,6 +27,7 @@ from megatron_mup.parametrization.meta import ParamMeta
 LAYOUTS = {
     2: [(1, 2, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)],
     4: [(1, 4, 1, 1), (1, 1, 1, 4), (1, 2, 1, 2), (1, 2, 2, 1), (1, 1, 2, 2), (2, 2, 1, 1), (2, 1, 1, 2)],
+    8: [(1, 2, 1, 4), (1, 4, 1, 2), (1, 2, 2, 2), (2, 2, 1, 2)],
 }
 STEPS = 3
 CONFIGS = {
@@ -45,8 +46,20 @@ CONFIGS = {
             ("muonsphere", "ademamix", "fp32"),
             ("spectral_sphere", "lion", "fp32"),
             ("scion", "adam", "fp32"),
+            ("dion", "adam", "fp32"),
         )
     },
+    "heads": OptimizerConfig(
+        optimizer="normuon",
+        lr=1e-2,
+        muon_ns_dtype="fp32",
+        muon_split_heads=True,
+        muon_scale_mode="spectral",
+        clip_grad=0.0,
+    ),
+    "heads-sphere": OptimizerConfig(
+        optimizer="muonsphere", lr=1e-2, muon_ns_dtype="fp32", muon_split_heads=True, clip_grad=0.0
+    ),
 }
 
 
@@ -58,6 +71,7 @@ def value_of(meta: ParamMeta, tag: str) -> torch.Tensor:
 def train(params: list[MainParam], config: Config, mesh: Mesh) -> tuple[list[float], Optimizer]:
     """Gradient norms of a few steps on fixed gradients."""
     optimizer = Optimizer(params, config, mesh)
+    optimizer.start()
     norms = []
     for step in range(STEPS):
         for param in params:
@@ -127,7 +141,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, pytest.param(8, marks=pytest.mark.long)])
 def test_any_layout_equals_one_rank(world, lone_mesh):
     with tempfile.TemporaryDirectory() as folder:
         for label, flags in CONFIGS.items():

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from optim_cases import GATE_UP_BLOCKS, alone, meta, numbers
+from optim_cases import GATE_UP_BLOCKS, QKV_BLOCKS, alone, meta, numbers
 
+from megatron_mup.config import Config, OptimizerConfig
 from megatron_mup.optim.matrix import take_block
-from megatron_mup.optim.newton_schulz import orthonormalize
-from megatron_mup.optim.sphere import MuonSphere, SpectralSphere, SphereSettings, tangent_direction, top_singular
+from megatron_mup.optim.optimizer import Optimizer
+from megatron_mup.optim.sphere import MuonSphere, SpectralSphere, SphereSettings, top_singular
 from megatron_mup.parametrization.meta import Role
 
 SHAPES = [(16, 48), (48, 16), (32, 32), (7, 20)]
@@ -67,7 +68,7 @@ def test_equals_the_published_algorithm(kind, retraction, shape):
     start = start + 0.5 * s[0] * torch.outer(u[:, 0], vh[0])
     grads = [well_conditioned(shape, 10) + 0.1 * well_conditioned(shape, 20 + i) for i in range(5)]
     param = alone(meta("w", Role.MLP_OUT, shape), start)
-    settings = SphereSettings(radius=2.0, retraction=retraction, solver_steps=30, **EXACT)
+    settings = SphereSettings(radius=2.0, retraction=retraction, solver_steps=12, **EXACT)
     cls = SpectralSphere if kind == "spectral_sphere" else MuonSphere
     optimizer = cls([(param, numbers(lr=0.02, weight_decay=0.5))], settings, None)
     for grad in grads:
@@ -77,15 +78,16 @@ def test_equals_the_published_algorithm(kind, retraction, shape):
     assert ((param.value - want).norm() / want.norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cls", [MuonSphere, SpectralSphere])
-def test_weights_stay_on_the_sphere(cls):
+def test_weights_stay_on_the_sphere(cls, dtype):
     """Right after retraction within a hundredth by exact SVD, after the step within that and the learning rate."""
     lr, shapes = 0.02, [(40, 96), (96, 40), (64, 64)]
     params = [alone(meta(f"w{i}", Role.MLP_OUT, s), 0.02 * random(s, i)) for i, s in enumerate(shapes)]
     fused = alone(meta("fc1", Role.MLP_IN, (80, 24), blocks=GATE_UP_BLOCKS), random((80, 24), 9))
     params.append(fused)
     scaled = [(param, numbers(lr=lr, weight_decay=0.0)) for param in params]
-    optimizer = cls(scaled, SphereSettings(radius=0.7, **PAPER), None)
+    optimizer = cls(scaled, SphereSettings(radius=0.7, ns_dtype=dtype, **PAPER), None)
 
     def worst() -> float:
         matrices = [param.value for param in params[:-1]]
@@ -106,7 +108,8 @@ def test_weights_stay_on_the_sphere(cls):
         assert worst() < 0.01
 
 
-def test_top_singular_is_exact_for_hard_spectra():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_singular_is_exact_for_hard_spectra(dtype):
     for m, n in ((64, 160), (160, 64), (48, 48), (1, 7), (7, 1)):
         left, right = torch.linalg.qr(random((m, m), 1))[0], torch.linalg.qr(random((n, n), 2))[0]
         rank = min(m, n)
@@ -118,7 +121,7 @@ def test_top_singular_is_exact_for_hard_spectra():
         ):
             weight = (left[:, :rank] * values) @ right[:, :rank].T
             # The start lies on the smallest value: the old top, overtaken.
-            sigma, u, v = top_singular(weight[None], right[:, rank - 1][None])
+            sigma, u, v = top_singular(weight[None], right[:, rank - 1][None], dtype)
             assert sigma.item() == pytest.approx(values.max().item(), rel=5e-3)
             assert (u[0] @ weight @ v[0]).item() == pytest.approx(sigma.item(), rel=1e-5)
             assert u.norm().item() == pytest.approx(1, rel=1e-5)
@@ -126,67 +129,33 @@ def test_top_singular_is_exact_for_hard_spectra():
     assert all(torch.equal(t, torch.zeros_like(t)) for t in zero)
 
 
-def tilted(axis: torch.Tensor, seed: int) -> torch.Tensor:
-    """A unit vector whose product with ``axis`` is 0.8."""
-    other = random(tuple(axis.shape), seed)
-    other = other - (other @ axis) * axis
-    return 0.8 * axis + 0.6 * other / other.norm()
+@pytest.mark.parametrize("optimizer", ["muonsphere", "spectral_sphere"])
+def test_initial_weights_are_put_on_the_sphere(lone_mesh, optimizer):
+    qkv = alone(meta("qkv", Role.QKV, (32, 12), blocks=QKV_BLOCKS), random((32, 12), 0))
+    norm = alone(meta("norm", Role.NORM, (12,)), torch.ones(12))
+    flags = OptimizerConfig(optimizer=optimizer, sphere_radius=2.0, sphere_retraction="dynamic", weight_decay=0.1)
+    whole = Optimizer([qkv, norm], Config(optimizer=flags), lone_mesh)
+    before = qkv.value.clone()
+    whole.start()
+    assert torch.equal(norm.value, torch.ones(12))
+    for block in QKV_BLOCKS:
+        placed, drawn = (take_block(value, block).reshape(-1, 12) for value in (qkv.value, before))
+        radius = 2.0 * math.sqrt(len(placed) / 12)
+        assert torch.linalg.matrix_norm(placed, 2).item() == pytest.approx(radius, rel=0.01)
+        torch.testing.assert_close(placed / placed.norm(), drawn / drawn.norm())
+    assert whole.state_tensors()["momentum/qkv"][1].count_nonzero() == 0
+    assert qkv.grad is None
+    placed = qkv.value.clone()
+    whole.start()
+    torch.testing.assert_close(qkv.value, placed, rtol=0.02, atol=0)
 
 
-def hard_momenta(m: int, n: int, u: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
-    noise = random((m, n), 5) / math.sqrt(m * n)
-    theta = torch.outer(u, v)
-    return {
-        "gaussian": noise,
-        "anti-aligned": 0.01 * noise - theta,
-        "aligned": 0.01 * noise + theta,
-        "rank 1": torch.outer(random((m,), 6), random((n,), 7)),
-        "rank 2": random((m, 2), 6) @ random((2, n), 7),
-        "low rank beside the top": theta - 0.3 * torch.outer(u, random((n,), 7)),
-        "decaying": torch.linalg.qr(random((m, m), 6))[0] * torch.logspace(0, -5, m) @ random((m, n), 7),
-        # The root lies far from -t here, near the end of the bracket.
-        "tilted": torch.outer(tilted(u, 8), tilted(v, 9)),
-        "zero": torch.zeros(m, n),
-    }
-
-
-@pytest.mark.parametrize("shape", [(32, 96), (40, 40), (90, 30)])
-def test_the_tangent_direction_is_found(shape):
-    m, n = shape
-    _, u, v = (t[0] for t in top_singular(random(shape, 0)[None], torch.zeros(1, n)))
-    momenta = hard_momenta(m, n, u, v)
-    momenta |= {f"minus {name}": -x for name, x in momenta.items()}
-    unit = torch.stack([x / x.norm().clamp(min=1e-30) for x in momenta.values()])
-    count = len(momenta)
-
-    def ns(x: torch.Tensor) -> torch.Tensor:
-        return orthonormalize(x, 8, "polar_express")
-
-    phi, at, rest = tangent_direction(unit, u.expand(count, -1), v.expand(count, -1), ns, 16)
-    for name, p, a, r, x in zip(momenta, phi, at, rest, unit, strict=True):
-        assert abs(r) < 1e-3, name
-        torch.testing.assert_close(u @ p @ v, r, atol=1e-5, rtol=0)
-        torch.testing.assert_close(p, ns(x + a * torch.outer(u, v)), atol=2e-3, rtol=0)
-        assert abs(a) <= 2 * torch.linalg.svdvals(x).sum() + 1e-6, name
-    for name in ("gaussian", "low rank beside the top"):
-        few = tangent_direction(momenta[name][None] / momenta[name].norm(), u[None], v[None], ns, 6)[2]
-        assert abs(few) < 1e-3, f"{name}: six evaluations do"
-
-
-@pytest.mark.parametrize("shape", [(32, 96), (40, 40), (90, 30)])
-@pytest.mark.parametrize("steps", [4, 8])
-def test_what_the_solver_leaves_is_projected_out(shape, steps):
-    m, n = shape
-    weight = random(shape, 0)
-    _, u, v = (t[0] for t in top_singular(weight[None], torch.zeros(1, n)))
-    param = alone(meta("w", Role.MLP_OUT, shape), weight)
-    settings = SphereSettings(solver_steps=steps, **PAPER)
-    optimizer = SpectralSphere([(param, numbers())], settings, None)
-    for name, momentum in hard_momenta(m, n, u, v).items():
-        phi = optimizer.direction(momentum[None], u[None], v[None])[0]
-        assert abs(u @ phi @ v) < 1e-3, name
-        assert torch.linalg.matrix_norm(phi, 2) < 1.2, name
-        assert (phi * momentum).sum() >= -1e-5, name
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "scion"])
+def test_other_optimizers_leave_initial_weights(lone_mesh, optimizer):
+    param = alone(meta("w", Role.MLP_OUT, (6, 12)), random((6, 12), 0))
+    before = param.value.clone()
+    Optimizer([param], Config(optimizer=OptimizerConfig(optimizer=optimizer)), lone_mesh).start()
+    assert torch.equal(param.value, before)
 
 
 def test_vectors_are_kept_between_steps():
@@ -199,14 +168,3 @@ def test_vectors_are_kept_between_steps():
     for block, vector in zip(GATE_UP_BLOCKS, vectors, strict=True):
         _, _, vh = torch.linalg.svd(take_block(param.value, block).reshape(4, 6))
         assert abs(vh[0] @ vector) > 0.999
-
-
-def test_bf16_newton_schulz_stays_on_the_sphere():
-    param = alone(meta("w", Role.MLP_OUT, (48, 96)), random((48, 96), 0))
-    settings = SphereSettings(ns_dtype=torch.bfloat16, **PAPER)
-    optimizer = SpectralSphere([(param, numbers(lr=0.02))], settings, None)
-    for step in range(4):
-        param.grad = random((48, 96), step)
-        optimizer.step(1.0)
-    optimizer.step(0.0)
-    assert torch.linalg.matrix_norm(param.value, 2).item() == pytest.approx(math.sqrt(0.5), rel=0.01)

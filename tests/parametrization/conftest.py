@@ -15,7 +15,7 @@ VOCAB = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """Hidden 1024 over 256, MLP 4096 over 512, heads 16 x 128 over 6 x 64, layers 24 over 6."""
+    """Hidden 1024 over 256, MLP 4096 over 512, experts 768 over 128, heads 16 x 128 over 6 x 64, layers 24 over 6."""
 
     config: Config
     metas: dict[str, ParamMeta]
@@ -59,6 +59,38 @@ def build_metas(grown: bool) -> dict[str, ParamMeta]:
     return {m.name: m for m in metas}
 
 
+def expert_metas() -> dict[str, ParamMeta]:
+    """Parameters of a layer with five experts, every ratio above 1."""
+    e = 768
+    glu = (Block("gate", 0, e, 2 * e, apart=True), Block("up", e, e, 2 * e, apart=True))
+    metas = [
+        meta("router", Role.ROUTER, (5, 1024), base_fan_in=256, layer=3),
+        meta(
+            "expert_in",
+            Role.EXPERT_IN,
+            (5 * 2 * e, 1024),
+            fan_out=2 * e,
+            base_fan_in=256,
+            base_fan_out=2 * 128,
+            blocks=glu,
+            layer=3,
+            experts=5,
+        ),
+        meta(
+            "expert_out",
+            Role.EXPERT_OUT,
+            (5 * 1024, e),
+            fan_out=1024,
+            base_fan_in=128,
+            base_fan_out=256,
+            blocks=(Block("matrix", 0, 1024, 1024, apart=True),),
+            layer=3,
+            experts=5,
+        ),
+    ]
+    return {m.name: m for m in metas}
+
+
 MODEL = ModelConfig(
     num_layers=24,
     hidden_size=1024,
@@ -90,6 +122,12 @@ def grown() -> Case:
     return Case(
         Config(model=MODEL, optimizer=OPTIMIZER, parametrization=ParametrizationConfig(**BASE)), build_metas(True)
     )
+
+
+@pytest.fixture(scope="session")
+def grown_with_experts(grown: Case) -> Case:
+    """The same with what a layer with experts has."""
+    return Case(grown.config, grown.metas | expert_metas())
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ ETA, ETA_MUON, ETA_EMBEDDING, LAMBDA, EPS = 0.011, 0.013, 0.017, 0.19, 2.3e-9
 SIGMA, SIGMA_EMBEDDING, SIGMA_HEAD, LAYERS, BASE_LAYERS = 0.03, 0.05, 0.07, 24, 6
 # Growth: hidden 1024/256, attention's output 2048/384, MLP 4096/512, layers 24/6.
 M_N, M_A, M_F, M_L = 4.0, 16 / 3, 8.0, 4.0
+# Of an expert's MLP: 768/128.
+M_E = 6.0
 
 SCHEME_NAMES = ("standard", "mup", "completep")
 RULES = ("independent", "coupled", "sqrt-width", "lr-independent")
@@ -36,6 +38,9 @@ STANDARD = {
     "proj": (SIGMA / sqrt(2 * LAYERS), ETA, LAMBDA, EPS),
     "fc1": (SIGMA, ETA, LAMBDA, EPS),
     "fc2": (SIGMA / sqrt(2 * LAYERS), ETA, LAMBDA, EPS),
+    "router": (SIGMA, ETA, LAMBDA, EPS),
+    "expert_in": (SIGMA, ETA, LAMBDA, EPS),
+    "expert_out": (SIGMA / sqrt(2 * LAYERS), ETA, LAMBDA, EPS),
     "final_norm": (None, ETA, 0, EPS),
     "final_bias": (None, ETA, 0, EPS),
     "head": (SIGMA_HEAD, ETA_EMBEDDING, LAMBDA, EPS),
@@ -51,6 +56,9 @@ MUP = {
     "proj": (SIGMA / sqrt(2 * LAYERS) / sqrt(M_A), ETA / M_A, LAMBDA * M_A, EPS / M_N),
     "fc1": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N),
     "fc2": (SIGMA / sqrt(2 * LAYERS) / sqrt(M_F), ETA / M_F, LAMBDA * M_F, EPS / M_N),
+    "router": (SIGMA / M_N, ETA / M_N, LAMBDA * M_N, EPS),
+    "expert_in": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N),
+    "expert_out": (SIGMA / sqrt(2 * LAYERS) / sqrt(M_E), ETA / M_E, LAMBDA * M_E, EPS / M_N),
     "final_norm": (None, ETA, 0, EPS / M_N),
     "final_bias": (None, ETA, 0, EPS / M_N),
     "head": (SIGMA_HEAD, ETA_EMBEDDING, LAMBDA, EPS / M_N),
@@ -66,6 +74,9 @@ COMPLETEP_1 = {
     "proj": (SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_A), ETA / M_A, LAMBDA * M_A, EPS / M_N / M_L),
     "fc1": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N / M_L),
     "fc2": (SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_F), ETA / M_F, LAMBDA * M_F, EPS / M_N / M_L),
+    "router": (SIGMA / M_N, ETA / M_N, LAMBDA * M_N, EPS / M_L),
+    "expert_in": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N / M_L),
+    "expert_out": (SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_E), ETA / M_E, LAMBDA * M_E, EPS / M_N / M_L),
     "final_norm": (None, ETA, 0, EPS / M_N),
     "final_bias": (None, ETA, 0, EPS / M_N),
     "head": (SIGMA_HEAD, ETA_EMBEDDING, LAMBDA, EPS / M_N),
@@ -89,6 +100,14 @@ COMPLETEP_HALF = {
         SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_F),
         ETA / M_F / sqrt(M_L),
         LAMBDA * M_F,
+        EPS / M_N / sqrt(M_L),
+    ),
+    "router": (SIGMA / M_N, ETA / M_N / sqrt(M_L), LAMBDA * M_N, EPS / sqrt(M_L)),
+    "expert_in": (SIGMA / sqrt(M_N), ETA / M_N / sqrt(M_L), LAMBDA * M_N, EPS / M_N / sqrt(M_L)),
+    "expert_out": (
+        SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_E),
+        ETA / M_E / sqrt(M_L),
+        LAMBDA * M_E,
         EPS / M_N / sqrt(M_L),
     ),
     "final_norm": (None, ETA, 0, EPS / M_N),
@@ -128,8 +147,8 @@ def matches(case, expected, factors) -> bool:
 
 
 @pytest.mark.parametrize(("name", "alpha", "expected", "factors"), PUBLISHED)
-def test_published_tables_row_by_row(grown, name, alpha, expected, factors):
-    case = under(grown, name, alpha)
+def test_published_tables_row_by_row(grown_with_experts, name, alpha, expected, factors):
+    case = under(grown_with_experts, name, alpha)
     assert set(expected) == set(case.metas)
     for key, wanted in expected.items():
         assert close(numbers(scaling(case.metas[key], case.config)), wanted), key
@@ -141,7 +160,7 @@ CELLS = [(kind, cell) for kind in Kind for cell in ("init", "lr_width", "lr_dept
 
 
 @pytest.mark.parametrize(("kind", "cell"), CELLS)
-def test_every_cell_counts(grown, monkeypatch, kind, cell):
+def test_every_cell_counts(grown_with_experts, monkeypatch, kind, cell):
     """Any cell dropped, or any trivial cell made to follow width or depth, breaks one of the published tables."""
     original = SCHEMES["completep"]
     was = getattr(original.rows[kind], cell)
@@ -150,7 +169,7 @@ def test_every_cell_counts(grown, monkeypatch, kind, cell):
         rows = {**original.rows, kind: replace(original.rows[kind], **{cell: mutant})}
         patched = {k: replace(v, rows=rows) for k, v in SCHEMES.items()}
         monkeypatch.setattr(table, "SCHEMES", MappingProxyType(patched))
-        seen = [matches(under(grown, name, alpha), rows_, factors) for name, alpha, rows_, factors in PUBLISHED]
+        seen = [matches(under(grown_with_experts, name, alpha), *published) for name, alpha, *published in PUBLISHED]
         # Initial values of vectors are constants, and a dropped factor that is 1 already is no change.
         vector = cell == "init" and kind in (Kind.BLOCK_VECTOR, Kind.HEAD_VECTOR, Kind.FINAL_VECTOR)
         trivial = was is Row.__dataclass_fields__[cell].default
@@ -158,14 +177,16 @@ def test_every_cell_counts(grown, monkeypatch, kind, cell):
 
 
 @pytest.mark.parametrize("field", ["branch", "logits", "width", "depth"])
-def test_every_part_of_a_scheme_counts(grown, monkeypatch, field):
+def test_every_part_of_a_scheme_counts(grown_with_experts, monkeypatch, field):
     def mutate(scheme: Scheme) -> Scheme:
         return replace(
             scheme, **{field: (lambda r: 1.0) if field in ("branch", "logits") else not getattr(scheme, field)}
         )
 
     monkeypatch.setattr(table, "SCHEMES", {k: mutate(v) for k, v in SCHEMES.items()})
-    assert not all(matches(under(grown, name, alpha), rows, factors) for name, alpha, rows, factors in PUBLISHED)
+    assert not all(
+        matches(under(grown_with_experts, name, alpha), rows, factors) for name, alpha, rows, factors in PUBLISHED
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
@@ -349,6 +370,17 @@ def test_muon_step_satisfies_the_spectral_condition(grown, mode):
         assert isclose(growth, sqrt(own[0] / own[1]) / sqrt(base[0] / base[1]), rel_tol=1e-12), key
 
 
+def test_muon_by_head_follows_the_head(grown):
+    """A head's matrix has as many rows as the head is wide, and the columns of the whole."""
+    m, head, base_head = grown.metas["qkv"], 128, 64
+    assert m.head_rows == head
+    for mode in SCALE_MODES:
+        case = under(grown, "mup", optimizer="muon", muon_scale_mode=mode, muon_split_heads=True)
+        growth = scaling(m, case.config).lr * muon_norm(mode, head, 1024)
+        growth /= ETA_MUON * muon_norm(mode, base_head, 256)
+        assert isclose(growth, sqrt(head / 1024) / sqrt(base_head / 256)), mode
+
+
 def test_muon_learning_rates_in_closed_form(grown):
     expected = {
         "unit_rms_norm": (ETA_MUON, ETA_MUON),
@@ -392,14 +424,15 @@ def test_muon_takes_hidden_matrices_only_and_leaves_the_rest_unchanged(grown):
 
 
 def test_other_matrix_optimizers(grown):
-    """NorMuon takes Muon's numbers; on the sphere learning rates are relative, and hard retraction leaves no decay."""
+    """NorMuon and Dion take Muon's numbers; on the sphere rates are relative, and hard retraction leaves no decay."""
     hidden = ("qkv", "proj", "fc1", "fc2")
     for name, alpha, mode in itertools.product(SCHEME_NAMES, (0.5, 1.0), SCALE_MODES):
         muon = under(grown, name, alpha, optimizer="muon", muon_scale_mode=mode)
-        normuon = under(grown, name, alpha, optimizer="normuon", muon_scale_mode=mode)
-        for key, m in grown.metas.items():
-            want = scaling(m, muon.config)
-            assert scaling(m, normuon.config) == replace(want, optimizer="normuon" if key in hidden else "adam")
+        for other in ("normuon", "dion"):
+            case = under(grown, name, alpha, optimizer=other, muon_scale_mode=mode)
+            for key, m in grown.metas.items():
+                want = scaling(m, muon.config)
+                assert scaling(m, case.config) == replace(want, optimizer=other if key in hidden else "adam")
         depth = M_L ** (alpha - 1) if name == "completep" else 1.0
         for optimizer, retraction in itertools.product(("muonsphere", "spectral_sphere"), ("hard", "dynamic")):
             sphere = under(grown, name, alpha, optimizer=optimizer, muon_scale_mode=mode, sphere_retraction=retraction)
@@ -430,11 +463,12 @@ def test_other_scalar_optimizers_follow_adams_rows(grown, rest):
 # ---- Identities
 
 
-def test_every_role_has_a_row(grown):
-    assert {m.role for m in grown.metas.values()} == set(Role)
-    assert {kind_of(m) for m in grown.metas.values()} == set(Kind)
+def test_every_role_has_a_row(grown_with_experts):
+    assert {m.role for m in grown_with_experts.metas.values()} == set(Role)
+    assert {kind_of(m) for m in grown_with_experts.metas.values()} == set(Kind)
     for scheme in SCHEMES.values():
-        assert set(scheme.rows) == set(Kind)
+        # Everett's and u-muP's papers have no routers; experts are refused there.
+        assert set(scheme.rows) | {Kind.ROUTER} == set(Kind)
         assert all(row.source for row in scheme.rows.values())
 
 

@@ -41,6 +41,13 @@ SCHEMES = {
     "mup": "--parametrization mup --mup-base-hidden-size 16 --mup-embedding-mult 2 --mup-output-mult 0.5",
     "completep": "--parametrization completep --mup-base-hidden-size 16 --base-num-layers 2",
 }
+UNIT_SCALED = {
+    "umup": "--parametrization umup --disable-bias-linear --untie-embeddings-and-output-weights --lr 0.1",
+    "munit": "--parametrization munit --norm-position post-branch --residual-tau 0.3 --disable-bias-linear",
+}
+"""Schemes with operations of their own; they run with AdamW, and dropout, over one layout of each axis."""
+UNIT_SCALED_LAYOUTS = ("tp2", "tp2-sp", "pp2", "fsdp2")
+
 OPTIMIZERS = {
     "adam": "",
     "muon": "--optimizer muon",
@@ -48,6 +55,9 @@ OPTIMIZERS = {
     "muonsphere": "--optimizer muonsphere --sphere-retraction dynamic",
     "spectral_sphere": "--optimizer spectral_sphere --scalar-optimizer ademamix",
     "scion": "--optimizer scion --scalar-optimizer lion --scion-radius 5 --scion-output-radius 30",
+    "dion": "--optimizer dion --dion-rank-fraction 0.5",
+    "switch": "--optimizer muon --optimizer-switch-at 4 --optimizer-switch-carry-state",
+    "heads": "--optimizer muon --muon-split-heads --muon-scale-mode spectral",
 }
 IN_EVERY_SCHEME = ("adam", "muon")
 """The others run with the first scheme that takes them; Scion refuses all but the standard one."""
@@ -136,28 +146,36 @@ def _whole(step: TrainStep, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     return {name: value for name, value in whole.items() if name not in copies}
 
 
-def observe(config: Config) -> dict[str, Any] | None:
+def observe(config: Config, steps: int = STEPS) -> dict[str, Any] | None:
     """Trains the parity model on the ranks of the process group.
 
     Returns:
         On rank 0: ``weights`` (initial) and ``grads`` (first step) by name, ``grad_norm``, ``losses`` of all steps and
-        ``eval`` loss after them.
+        ``eval`` loss after them; in a model with experts ``routing`` of all steps, ``[steps, layers, Tally.size]``.
     """
     validate(config, dist.get_world_size())
     mesh = Mesh.build(config, torch.device("cpu"))
     step = TrainStep(build_model(config, VOCAB_SIZE, mesh), config, mesh)
-    step.main.initialise()
+    step.initialise()
     seen: dict[str, Any] = {"weights": _whole(step, {m.meta.name: m.value for m in step.main.params})}
     batch = local_batch(config, mesh, 0)
     tokens = (global_batch(0)["labels"] != IGNORE).sum().float()
+    step.balancing.begin(SAMPLES // config.training.micro_batch_size)
     step.forward_backward(batch, tokens)
     step.main.collect_grads()
     seen["grads"] = _whole(step, {m.meta.name: m.grad for m in step.main.params})
     step.main.zero_grad()
-    results = [step(local_batch(config, mesh, index), 1.0) for index in range(STEPS)]
+    for router in step.model.routers().values():
+        router.reset()
+    results = []
+    for index in range(steps):
+        step.optimizer.advance(index)
+        results.append(step(local_batch(config, mesh, index), 1.0))
     seen["losses"] = torch.stack([r.loss for r in results])
     seen["grad_norm"] = results[0].grad_norm
-    loss, count = step.evaluate(local_batch(config, mesh, STEPS))
+    if results[0].routing is not None:
+        seen["routing"] = torch.stack([r.routing for r in results])
+    loss, count = step.evaluate(local_batch(config, mesh, steps))
     seen["eval"] = loss / count
     return seen if dist.get_rank() == 0 else None
 

@@ -10,6 +10,8 @@ import torch
 from tests.parity import cases
 
 RECOMPUTE = {"": "", "full": "--recompute-granularity full", "selective": "--recompute-granularity selective"}
+DAILY_FEATURES = {("tp2-sp", "selective"), ("pp2", ""), ("pp2", "full"), ("tp2-fsdp2", "full")}
+"""What of `test_other_features` is in `make test`."""
 LOSS_TOLERANCE = {"adam": 1e-5} | {name: 1e-4 for name in cases.OPTIMIZERS if name != "adam"}
 
 MATRIX = [
@@ -66,12 +68,22 @@ def test_layout_matches_one_rank(pool, reference, layout, scheme, optimizer):
     compare(pool, reference, cases.LAYOUTS[layout], flags, optimizer)
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.long
+def test_twenty_steps_of_muon(pool):
+    """Rounding has time to grow: Newton-Schulz turns a difference of 1e-6 into one of 1e-2 in small directions."""
+    config, case = cases.config_of(cases.OPTIMIZERS["muon"]), cases.LAYOUTS["tp2-fsdp2"]
+    want = pool.run(1, cases.observe, config, 20)[0]
+    seen = pool.run(case.ranks, cases.observe, cases.with_layout(config, case), 20)[0]
+    torch.testing.assert_close(seen["losses"], want["losses"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(seen["eval"], want["eval"], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "recompute"),
     [
-        pytest.param(name, marks=() if name in ("tp2-sp", "pp2", "tp2-fsdp2") else pytest.mark.long)
+        pytest.param(name, recompute, marks=() if (name, recompute) in DAILY_FEATURES else pytest.mark.long)
         for name in cases.LAYOUTS
+        for recompute in RECOMPUTE
     ],
 )
 def test_other_features(pool, reference, layout, recompute):
@@ -79,6 +91,20 @@ def test_other_features(pool, reference, layout, recompute):
     case = cases.LAYOUTS[layout]
     config = cases.with_layout(cases.config_of(cases.FEATURES, RECOMPUTE[recompute]), case)
     assert_parity(pool.run(case.ranks, cases.observe, config)[0], reference(cases.FEATURES), "adam")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layout"),
+    [
+        # One of each scheme in `make test`.
+        pytest.param(s, layout, marks=() if (s, layout) in {("umup", "tp2-sp"), ("munit", "pp2")} else pytest.mark.long)
+        for s in cases.UNIT_SCALED
+        for layout in cases.UNIT_SCALED_LAYOUTS
+    ],
+)
+def test_unit_scaled_layouts(pool, reference, scheme, layout):
+    flags = (cases.UNIT_SCALED[scheme], "--hidden-dropout 0.1 --attention-dropout 0.1")
+    compare(pool, reference, cases.LAYOUTS[layout], flags, "adam")
 
 
 def test_recompute_changes_nothing_on_one_rank(pool, reference):

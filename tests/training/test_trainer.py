@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.training.checkpointing import Progress
-from megatron_mup.training.metrics import NonFiniteError
+from megatron_mup.training.main import EXIT_BROKEN
 from megatron_mup.training.trainer import Trainer
 from tests.runs import VOCAB_SIZE, config_of, pretrain, recorded, saved_tensors, words
 
@@ -74,8 +74,10 @@ def test_length_in_samples(run, tmp_path):
 
 def test_stops_before_saving_a_broken_run(run, tmp_path):
     """The step with the absurd learning rate is seen in the next loss."""
-    with pytest.raises(NonFiniteError):
-        run("--lr 1e30 --clip-grad 0 --save-interval 2 --log-interval 100")
+    outcome = run("--lr 1e30 --clip-grad 0 --save-interval 2 --log-interval 100")
+    assert outcome.code == EXIT_BROKEN
+    assert outcome.err.count("\n") == 1
+    assert "iteration 2: loss" in outcome.err
     assert checkpoints(tmp_path) == []
     assert not torch.distributed.is_initialized(), "the process group is closed"
 

@@ -1,0 +1,172 @@
+"""Tokens to their experts and back: permutation on the device, all-to-all over expert-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_mup.layers.router import Routing
+from megatron_mup.parallel.collectives import all_to_all
+from megatron_mup.parallel.mesh import ExpertAxis
+
+Experts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Order of the rows that this rank sends, expert after expert.
+
+    Assignments are numbered ``token * topk + choice``.
+
+    Attributes:
+        assignment: ``[rows]``, the assignment in each row; their number for a row that fills an expert up.
+        place: ``[assignments]``, the row of each; the number of rows for one that is dropped.
+        counts: ``[experts]`` int64, rows of each expert.
+        gaps: whether there are such rows or assignments.
+        even: rows of every expert where that is known to the host, else None.
+    """
+
+    assignment: torch.Tensor
+    place: torch.Tensor
+    counts: torch.Tensor
+    gaps: bool
+    even: int | None
+
+
+def plan_rows(routing: Routing, experts: int, pad: bool) -> Plan:
+    """Sorts assignments by expert.
+
+    Without a capacity, and with one that is filled up (``pad``), no shape depends on the routing, and the host waits
+    for nothing; where tokens are dropped and nothing filled up, it waits for their number.
+    """
+    flat = routing.experts.flatten()
+    device, number = flat.device, len(flat)
+    if routing.kept is not None:
+        flat = torch.where(routing.kept.flatten(), flat, experts)
+    assignment = flat.argsort(stable=True)
+    ranked = flat[assignment]
+    bounds = torch.searchsorted(ranked, torch.arange(experts + 1, device=device))
+    counts = bounds.diff()
+    everyone = torch.arange(number, device=device)
+    place = torch.empty_like(flat).scatter_(0, assignment, everyone)
+    if routing.kept is None:
+        return Plan(assignment, place, counts, gaps=False, even=None)
+    if not pad:
+        rows = int(bounds[-1])
+        return Plan(assignment[:rows], place.clamp(max=rows), counts, gaps=True, even=None)
+    capacity = routing.capacity
+    assert capacity is not None
+    rows = experts * capacity
+    # Within its expert's share; dropped assignments, behind all experts, go to the row behind the last.
+    inside = ranked * capacity + everyone - bounds[ranked]
+    inside = torch.where(ranked < experts, inside, rows)
+    filled = torch.full((rows + 1,), number, dtype=torch.long, device=device)
+    filled[inside] = assignment
+    return Plan(
+        filled[:rows],
+        torch.empty_like(flat).scatter_(0, assignment, inside),
+        torch.full_like(counts, capacity),
+        gaps=True,
+        even=capacity,
+    )
+
+
+def dispatch(
+    x: torch.Tensor, routing: Routing, experts: Experts, number: int, axis: ExpertAxis, pad: bool
+) -> torch.Tensor:
+    """Each token through its experts, the sum weighted by its gates.
+
+    Args:
+        x: ``[tokens, hidden]``.
+        routing: of these tokens.
+        experts: what this rank's experts do with rows ``[n, hidden]``, expert after expert, and the rows of each.
+        number: experts of the layer.
+        axis: ranks that share them out.
+        pad: whether experts are filled up to their capacity.
+
+    Returns:
+        ``[tokens, hidden]``; zero for a token that all of its experts dropped.
+    """
+    topk = routing.gates.shape[1]
+    plan = plan_rows(routing, number, pad)
+    rows = _Spread.apply(x, plan, topk)
+    rows = experts(rows, plan.counts) if axis.group is None else _over_ranks(rows, plan, experts, axis)
+    chosen = _Collect.apply(rows, plan).view(len(x), topk, -1)
+    return (chosen * routing.gates[..., None]).sum(1).to(x.dtype)
+
+
+def _over_ranks(rows: torch.Tensor, plan: Plan, experts: Experts, axis: ExpertAxis) -> torch.Tensor:
+    """Sends rows to the ranks of their experts and brings the results back."""
+    assert axis.group is not None
+    here = len(plan.counts) // axis.size
+    if plan.even is None:
+        counts = all_to_all(plan.counts, [here] * axis.size, [here] * axis.size, axis.group)
+        arriving = counts.view(axis.size, here)
+        # The one place where the host waits: buffers have to be made, and the all-to-all wants its sizes.
+        splits = torch.stack([plan.counts.view(axis.size, here).sum(1), arriving.sum(1)])
+        send, receive = splits.tolist()
+    else:
+        arriving = plan.counts.view(axis.size, here)
+        send = receive = [here * plan.even] * axis.size
+    rows = all_to_all(rows, receive, send, axis.group)
+    # By rank and then by expert they arrive; by expert they are wanted.
+    ids = torch.arange(here, device=rows.device).repeat(axis.size)
+    ids = ids.repeat_interleave(arriving.flatten(), output_size=sum(receive))
+    order = ids.argsort(stable=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    rows = experts(_Permute.apply(rows, order, back), arriving.sum(0))
+    return all_to_all(_Permute.apply(rows, back, order), send, receive, axis.group)
+
+
+def _take(x: torch.Tensor, index: torch.Tensor, gaps: bool) -> torch.Tensor:
+    """Rows of ``x`` by number; with gaps, the number behind the last is a row of zeros."""
+    if gaps:
+        x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    return x.index_select(0, index)
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens to rows. Backward gathers too, where autograd's own would add up by atomics in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, plan: Plan, topk: int) -> torch.Tensor:
+        ctx.save_for_backward(plan.place)
+        ctx.gaps, ctx.topk = plan.gaps, topk
+        return _take(x, plan.assignment // topk, plan.gaps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return _take(grad, place, ctx.gaps).unflatten(0, (-1, ctx.topk)).sum(1), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows to assignments."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, plan: Plan) -> torch.Tensor:
+        ctx.save_for_backward(plan.assignment)
+        ctx.gaps = plan.gaps
+        return _take(rows, plan.place, plan.gaps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (assignment,) = ctx.saved_tensors
+        return _take(grad, assignment, ctx.gaps), None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; ``back`` is the inverse of ``order``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back), None, None

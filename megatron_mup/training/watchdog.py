@@ -1,0 +1,91 @@
+"""Shows where a rank hangs, before the collective's timeout ends the run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+
+PhaseTimer = Callable[[str], AbstractContextManager[None]]
+
+
+class Watchdog:
+    """Says on stderr which rank spends too long in one phase of which iteration, with the stacks of its threads.
+
+    It only watches: a thread wakes now and then and looks at the clock. Used as a context.
+
+    Args:
+        minutes: longest time in one phase without a report; 0 for no watching.
+        rank: of this process.
+        iteration: gives the number of the step under way.
+    """
+
+    def __init__(self, minutes: float, rank: int, iteration: Callable[[], int]) -> None:
+        self._limit, self._rank, self._iteration = 60 * minutes, rank, iteration
+        self._phase, self._since = "start", time.monotonic()
+        self._reported = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The block is a phase of its own; after it the phase around it starts anew."""
+        around = self._phase
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._enter(around)
+
+    def over(self, timer: PhaseTimer) -> PhaseTimer:
+        """A timer of phases that are watched too."""
+
+        @contextmanager
+        def watched(name: str) -> Iterator[None]:
+            with self.phase(name), timer(name):
+                yield
+
+        return watched
+
+    def __enter__(self) -> Watchdog:
+        """Starts watching."""
+        if self._limit:
+            self._enter("loop")
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Ends it."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _enter(self, name: str) -> None:
+        if self._reported:
+            spent = time.monotonic() - self._since
+            print(f"rank {self._rank} left {self._phase} after {spent:.0f} s", file=sys.stderr, flush=True)
+        self._phase, self._since, self._reported = name, time.monotonic(), False
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._limit / 8):
+            phase, spent = self._phase, time.monotonic() - self._since
+            if spent > self._limit and not self._reported:
+                self._reported = True
+                print(self._report(phase, spent), file=sys.stderr, flush=True)
+
+    def _report(self, phase: str, spent: float) -> str:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = [
+            f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+            for ident, frame in sys._current_frames().items()
+            if ident != threading.get_ident()
+        ]
+        where = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})"
+        head = f"{where} has been in {phase} of iteration {self._iteration() + 1} for {spent:.0f} s. It is here:"
+        return "\n".join([head, *stacks])
