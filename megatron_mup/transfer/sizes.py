@@ -1,0 +1,83 @@
+"""One recipe at other sizes: what checks and sweeps compare, and what a proxy is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, Literal
+
+from megatron_mup.config import Config, ConfigError
+from megatron_mup.config.fields import settings
+from megatron_mup.parametrization.base import BaseSizes
+from megatron_mup.parametrization.schemes import Operations
+from megatron_mup.parametrization.table import scheme_of
+
+Growth = Literal["heads", "head-dim"]
+"""What grows with the hidden size: the number of heads at one head width, or the head width at one number of heads."""
+
+
+def pin_base(config: Config) -> Config:
+    """The recipe with every base size written out, so that none of them follows a later change of size.
+
+    Base sizes that the recipe leaves open are those that it means as it stands: in proportion to its base hidden size,
+    or, without one, its own. A size that is no whole number stays open.
+    """
+    if scheme_of(config).operations is Operations.UMUP:
+        return config  # has no base model
+    rules, sizes = config.parametrization, BaseSizes.of(config)
+    pinned = replace(
+        rules,
+        mup_base_hidden_size=_whole(sizes.hidden),
+        mup_base_ffn_hidden_size=_whole(sizes.ffn),
+        mup_base_num_attention_heads=_whole(sizes.heads),
+        mup_base_head_dim=_whole(sizes.head_dim),
+        mup_base_moe_ffn_hidden_size=_whole(sizes.expert_ffn) if config.moe.num_experts else None,
+        base_num_layers=rules.base_num_layers or config.model.num_layers,
+    )
+    return replace(config, parametrization=pinned)
+
+
+def resize(config: Config, hidden_size: int, num_layers: int, grow: Growth = "heads") -> Config:
+    """The recipe at another width and depth; everything else stays, base sizes too (see :func:`pin_base`).
+
+    Widths of MLP and experts, and heads and key/value heads or the head width, keep their proportion to the hidden size
+    exactly.
+
+    Raises:
+        ConfigError: a size that would not be a whole number, or breaks an MLP's rows of eight.
+    """
+    model = config.model
+    ratio = Fraction(hidden_size, model.hidden_size)
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": _scaled(model.ffn_size, ratio, "--ffn-hidden-size", 8 if model.swiglu else 1),
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_dim,
+    }
+    if grow == "heads":
+        sizes["num_attention_heads"] = _scaled(model.num_attention_heads, ratio, "--num-attention-heads")
+        sizes["num_query_groups"] = _scaled(model.query_groups, ratio, "--num-query-groups")
+    else:
+        sizes["kv_channels"] = _scaled(model.head_dim, ratio, "--kv-channels", 2)
+    experts: dict[str, Any] = {
+        name: _scaled(size, ratio, settings()[name].flag, 8 if model.swiglu else 1)
+        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+        if (size := getattr(config.moe, name)) is not None
+    }
+    return replace(config, model=replace(model, num_layers=num_layers, **sizes), moe=replace(config.moe, **experts))
+
+
+def _scaled(size: int, ratio: Fraction, flag: str, multiple: int = 1) -> int:
+    scaled = size * ratio
+    if scaled.denominator != 1 or scaled < multiple or scaled % multiple:
+        unit = "a whole number" if multiple == 1 else f"a multiple of {multiple}"
+        raise ConfigError(
+            f"{flag} {size} at {float(ratio):g} times the width",
+            f"{float(scaled):g} is not {unit}",
+            f"choose a width at which {flag} {size} divides, or another {flag} in the recipe",
+        )
+    return int(scaled)
+
+
+def _whole(size: float) -> int | None:
+    return int(size) if size == int(size) else None
