@@ -9,12 +9,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart quickstart-short test test-long lint clean
+.PHONY: help venv quickstart quickstart-short test test-long test-cluster lint clean
 
 help:
 	@echo 'make quickstart        train a small GPT from nothing: corpus, tokenizer, data, training, sample of text'
 	@echo 'make test              tests that any two cores run in less than 15 minutes'
 	@echo 'make test-long         all tests but those that need a GPU: the whole matrix of layouts'
+	@echo 'make test-cluster      batch scripts on a real SLURM, started by the tests: slurm-wlm, munge, root'
 	@echo 'make lint              ruff, mypy, and whether docs/configuration.md is up to date'
 	@echo 'make quickstart-short  the quickstart with a few iterations, to see that all of it works'
 	@echo 'make venv              only the environment, in $(VENV)'
@@ -53,6 +54,9 @@ test: $(DEV_STAMP)
 
 test-long: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m 'not gpu'
+
+test-cluster: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/cluster
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -8,7 +8,14 @@ from megatron_mup.config import parse_config, validate
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
-WORLD_SIZES = {"cpu.yaml": 2, "gpu.yaml": 8, "llama-1b.yaml": 8}
+WORLD_SIZES = {
+    "cpu.yaml": 2,
+    "gpu.yaml": 8,
+    "llama-1b.yaml": 8,
+    "continue-pretraining.yaml": 8,
+    "moe-8b-a1b.yaml": 8,
+    "mixtral-like.yaml": 64,
+}
 
 
 def config_of(recipe: Path):

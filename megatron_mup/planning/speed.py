@@ -1,0 +1,237 @@
+"""Time of a step: arithmetic, memory traffic and messages, by a simple model whose assumptions are `Hardware`'s."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mup.config import Config
+from megatron_mup.planning.activations import layer_bytes
+from megatron_mup.planning.cut import Cut
+from megatron_mup.planning.hardware import Hardware
+from megatron_mup.planning.inventory import Inventory
+from megatron_mup.planning.memory import local_elements, model_parallel_elements, stage_holdings
+from megatron_mup.training.flops import flops_per_token
+
+FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Messages of one rank along one axis in a step.
+
+    Attributes:
+        sent: bytes that a rank sends.
+        rate: bytes/s that it sends them at.
+        messages: collectives or transfers.
+        hidden: seconds of arithmetic that they can run beside.
+    """
+
+    sent: float
+    rate: float
+    messages: float
+    hidden: float
+
+    def seconds(self, latency: float) -> float:
+        """Time on the link."""
+        return self.sent / self.rate + self.messages * latency if self.sent else 0.0
+
+    def exposed(self, latency: float) -> float:
+        """Time that nothing else runs beside."""
+        return max(0.0, self.seconds(latency) - self.hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A step of the slowest stage.
+
+    Attributes:
+        forward_backward: seconds of arithmetic of one micro-batch there.
+        update: seconds of the optimizer.
+        bubble: share of forward and backward that a stage waits in.
+        axes: messages by axis.
+        step: seconds of the step.
+        tokens_per_second: of one GPU.
+        flops_per_token: as published tables count, causal half of attention.
+        mfu: share of the peak, of those FLOPs.
+    """
+
+    forward_backward: float
+    update: float
+    bubble: float
+    axes: dict[str, Axis]
+    step: float
+    tokens_per_second: float
+    flops_per_token: float
+    mfu: float
+
+
+def stage_seconds(config: Config, cut: Cut, stage: int, vocab_size: int, hardware: Hardware) -> float:
+    """Seconds of arithmetic that a stage takes for forward and backward of one micro-batch."""
+    model = config.model
+    start, end = cut.stages[stage]
+    layers = end - start
+    products = 3 * 2 * (_layer_weights(config) * layers + (stage == cut.pp - 1) * model.hidden_size * vocab_size)
+    # Half of the pairs count; forward takes two products of them, backward five.
+    pairs = 2 * 7 / 2 * model.num_attention_heads * model.head_dim * config.training.seq_length * layers
+    if config.training.recompute == "full":
+        again = _recomputed_layers(config, layers)
+        products += 2 * _layer_weights(config) * again
+        pairs *= 1 + 2 / 7 * again / max(1, layers)
+    peak = hardware.peak(cut.compute)
+    matmul = products * cut.tokens / cut.tp / (peak * hardware.matmul_share)
+    attention = pairs * cut.tokens / cut.tp / (peak * hardware.attention_share)
+    # Elementwise work writes what it keeps and reads it again, in both directions.
+    passes = (3 if config.training.torch_compile else 6) + (config.training.recompute == "selective")
+    moved = passes * layers * layer_bytes(config, cut, "all")
+    if stage == cut.pp - 1:
+        moved += cut.tokens * vocab_size / cut.tp * (3 * FP32 + 4 * cut.compute.itemsize)
+    return matmul + attention + moved / (hardware.memory_rate * hardware.memory_share)
+
+
+def _layer_weights(config: Config) -> float:
+    """Elements of a layer's matrices, whole."""
+    model = config.model
+    attention = (2 * model.num_attention_heads + 2 * model.query_groups) * model.head_dim
+    return model.hidden_size * (attention + (3 if model.swiglu else 2) * model.ffn_size)
+
+
+def _recomputed_layers(config: Config, layers: int) -> int:
+    training = config.training
+    return min(layers, training.recompute_num_layers) if training.recompute_method == "block" else layers
+
+
+def update_seconds(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware) -> float:
+    """Seconds of the optimizer's step on the first stage: memory traffic of state, and orthonormalization."""
+    moved, cost = 0.0, 0.0
+    copies = cut.dp == 1 and cut.compute != cut.main
+    costliest = 0.0
+    for holding, count in stage_holdings(inventory, cut, 0):
+        own = count * local_elements(holding.meta, cut, (0, 0, 0))
+        # Weight and state are read and written, the gradient is read, for its norm too; then the copy is written.
+        moved += own * (2 * cut.main.itemsize + 2 * holding.on_shards + 2 * (FP32 if copies else cut.main.itemsize))
+        moved += own * (cut.main.itemsize + cut.compute.itemsize) if copies else 0
+        if holding.cost is not None:
+            cost += count * holding.cost
+            costliest = max(costliest, holding.cost)
+    busiest = max(costliest, cost / (cut.tp * cut.dp))
+    precision = torch.float32 if config.optimizer.muon_ns_dtype == "fp32" else torch.bfloat16
+    return moved / (hardware.memory_rate * hardware.memory_share) + 2 * busiest / (
+        hardware.peak(precision) * hardware.matmul_share
+    )
+
+
+def link_rate(hardware: Hardware, size: int, stride: int) -> float:
+    """Bytes/s at which each of ``size`` ranks, ``stride`` apart, sends around a ring.
+
+    A ring that leaves a node goes through the network ports of all its members there.
+    """
+    node = hardware.gpus_per_node
+    if size * stride <= node:
+        return hardware.node_rate * hardware.link_share
+    members = max(1, node // stride)
+    return min(hardware.node_rate, hardware.network_rate * members) * hardware.link_share
+
+
+def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, compute: float) -> dict[str, Axis]:
+    """Messages of a rank of the first stage along each axis that has several ranks.
+
+    Args:
+        config: the run's configuration.
+        inventory: the model.
+        cut: how ranks share it.
+        hardware: links.
+        compute: seconds of forward and backward of one micro-batch.
+    """
+    size, layers = cut.compute.itemsize, cut.stages[0][1] - cut.stages[0][0]
+    stream = cut.tokens * config.model.hidden_size * size
+    holdings = stage_holdings(inventory, cut, 0)
+    whole = sum(count * model_parallel_elements(h.meta, cut) for h, count in holdings)
+    reduce = 2 if config.parallel.grad_reduce_in_bf16 else FP32
+    found: dict[str, Axis] = {}
+    if cut.tp > 1:
+        # Each branch gathers and scatters once in each direction: with sequence parallelism as such, else as a sum.
+        collectives = (8 + 4 * (config.training.recompute == "full")) * layers + 2
+        found["tensor"] = Axis(
+            sent=collectives * stream * (cut.tp - 1) / cut.tp * cut.micro_batches,
+            rate=link_rate(hardware, cut.tp, 1),
+            messages=collectives * cut.micro_batches,
+            hidden=0.0,
+        )
+    if cut.shard > 1:
+        gathers = 1 if cut.keeps_gathered else 2 * cut.micro_batches
+        if cut.pp > 1 and not cut.keeps_gathered:
+            gathers = cut.micro_batches + 1
+        share = (cut.shard - 1) / cut.shard
+        # What a step's last backward reduces, and gathers, runs beside arithmetic.
+        beside = compute * (cut.micro_batches if gathers > 1 else 1)
+        found["data, sharded"] = Axis(
+            sent=whole * share * (gathers * size + reduce),
+            rate=link_rate(hardware, cut.shard, cut.tp),
+            messages=(gathers + 1) * (layers + 1),
+            hidden=0.8 * beside,
+        )
+    if cut.replicate > 1:
+        found["data, replicas"] = Axis(
+            sent=2 * whole / cut.shard * (cut.replicate - 1) / cut.replicate * reduce,
+            rate=link_rate(hardware, cut.replicate, cut.tp * cut.shard),
+            messages=layers + 1,
+            hidden=0.8 * compute * 2 / 3,
+        )
+    if cut.pp > 1:
+        found["pipeline"] = Axis(
+            sent=2 * cut.micro_batches * stream / cut.sequence,
+            rate=link_rate(hardware, 2, cut.tp * cut.dp) if cut.world > hardware.gpus_per_node else hardware.node_rate,
+            messages=2 * cut.micro_batches,
+            hidden=0.0,
+        )
+    moved = 2 * _orthonormalized(inventory, cut) * (FP32 if config.optimizer.muon_ns_dtype == "fp32" else 2)
+    ranks = cut.tp * cut.dp
+    if moved and ranks > 1:
+        found["optimizer"] = Axis(
+            sent=moved / ranks * (ranks - 1) / ranks, rate=link_rate(hardware, ranks, 1), messages=2, hidden=0.0
+        )
+    return found
+
+
+def _orthonormalized(inventory: Inventory, cut: Cut) -> float:
+    return float(sum(h.meta.numel * count for h, count in stage_holdings(inventory, cut, 0) if h.cost is not None))
+
+
+def estimate_speed(config: Config, inventory: Inventory, cut: Cut, vocab_size: int, hardware: Hardware) -> Speed:
+    """Time of a step.
+
+    Args:
+        config: the run's configuration.
+        inventory: the model.
+        cut: how ranks share it.
+        vocab_size: number of token ids.
+        hardware: what it runs on.
+    """
+    # Stages in between are alike but for their number of layers.
+    compute = max(stage_seconds(config, cut, stage, vocab_size, hardware) for stage in _different(cut))
+    axes = traffic(config, inventory, cut, hardware, compute)
+    update = update_seconds(config, inventory, cut, hardware)
+    blocking = sum(axes[name].exposed(hardware.latency) for name in ("tensor", "pipeline") if name in axes)
+    micro_batch = compute + blocking / cut.micro_batches
+    rest = sum(axis.exposed(hardware.latency) for name, axis in axes.items() if name not in ("tensor", "pipeline"))
+    step = (cut.micro_batches + cut.pp - 1) * micro_batch + update + rest
+    tokens = cut.tokens * cut.micro_batches * cut.dp / cut.world / step
+    counted = flops_per_token(config.model, config.training.seq_length, vocab_size, "half", config.moe)
+    return Speed(
+        forward_backward=compute,
+        update=update,
+        bubble=(cut.pp - 1) / (cut.micro_batches + cut.pp - 1),
+        axes=axes,
+        step=step,
+        tokens_per_second=tokens,
+        flops_per_token=counted,
+        mfu=tokens * counted / hardware.peak(cut.compute),
+    )
+
+
+def _different(cut: Cut) -> list[int]:
+    """First stage, last stage, and the one with most layers."""
+    counts = [end - start for start, end in cut.stages]
+    return sorted({0, cut.pp - 1, counts.index(max(counts))})

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_mup.config import Config
+from megatron_mup.models.gpt import GPT
+from megatron_mup.planning.activations import layer_bytes
+from megatron_mup.planning.cut import Cut
+from tests.runs import config_of, model_of
+
+# PyTorch's own RMSNorm keeps other tensors on a CPU than on a GPU; LayerNorm has one kernel on each.
+BASE = "--normalization LayerNorm"
+
+
+def saved_bytes(config: Config) -> int:
+    """Bytes of everything that autograd saves in a forward pass, parameters left out, shared memory counted once."""
+    model: GPT = model_of(config)
+    params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in params:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    batch = config.training.micro_batch_size
+    tokens = torch.zeros(batch, config.training.seq_length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens, labels=tokens, sample_index=torch.arange(batch))
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def one_layer(config: Config) -> int:
+    """Saved bytes that a second layer adds."""
+    two = replace(config, model=replace(config.model, num_layers=2))
+    one = replace(config, model=replace(config.model, num_layers=1))
+    return saved_bytes(two) - saved_bytes(one)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--disable-bias-linear",
+        "--swiglu --disable-bias-linear",
+        "--swiglu --disable-bias-linear --num-query-groups 2",
+        "--squared-relu --micro-batch-size 1",
+        "--qk-layernorm --disable-bias-linear",
+        "--position-embedding-type none",
+        "--position-embedding-type none --num-query-groups 2",
+        "--kv-channels 16 --ffn-hidden-size 96",
+        "--hidden-dropout 0.1",
+        "--attention-backend unfused",
+        "--attention-backend unfused --num-query-groups 2",
+    ],
+)
+def test_layers_keep_what_autograd_saves(flags):
+    config = config_of(BASE, flags)
+    assert layer_bytes(config, Cut.of(config, 1), "all") == pytest.approx(one_layer(config), rel=0.01)
+
+
+def test_recomputed_layers_keep_their_input():
+    config = config_of(BASE, "--recompute-granularity full")
+    # PyTorch's checkpoint saves a few empty tensors beside it.
+    assert layer_bytes(config, Cut.of(config, 1), "input") == pytest.approx(one_layer(config), rel=0.01)
+
+
+def test_selective_recomputation_keeps_less_than_all_and_more_than_the_input():
+    config = config_of("--swiglu --disable-bias-linear")
+    cut = Cut.of(config, 1)
+    sizes = [layer_bytes(config, cut, kept) for kept in ("input", "products", "all")]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 3
+
+
+def test_tensor_ranks_divide_everything_with_sequence_parallelism_but_the_gathered_inputs():
+    config = config_of("--swiglu --disable-bias-linear")
+    cut = Cut.of(config, 1)
+    alone = layer_bytes(config, cut, "all")
+    split = layer_bytes(config, replace(cut, tp=2, sequence=2), "all")
+    gathered = 2 * cut.tokens * config.model.hidden_size * 4
+    assert split - gathered == pytest.approx((alone - gathered) / 2)
+    assert layer_bytes(config, replace(cut, tp=2), "all") > split

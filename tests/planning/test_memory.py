@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.train_step import VOCAB_SIZE as PRESET_VOCAB
+from benchmarks.train_step import preset
+from megatron_mup.config import Config, parse_config
+from megatron_mup.optim.build import MATRIX_OPTIMIZERS, SCALAR_OPTIMIZERS
+from megatron_mup.optim.main_params import local_part
+from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.planning.cut import Cut
+from megatron_mup.planning.hardware import GIB
+from megatron_mup.planning.inventory import Inventory, parameters
+from megatron_mup.planning.memory import fullest_state, stage_memory, stage_plan, state_bytes
+from tests.runs import VOCAB_SIZE, batch_of, config_of, step_of, words
+
+fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+
+
+@contextmanager
+def rank_of(config: Config, rank: int, world_size: int) -> Iterator[Mesh]:
+    """The mesh as one rank of many sees it; its collectives do nothing."""
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield Mesh.build(config, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def nbytes(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+LAYOUTS = {
+    "alone": ("", 1),
+    "tp": ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+    "pp-tied": ("--pipeline-model-parallel-size 2", 2),
+    "replicas": ("--swiglu --disable-bias-linear", 2),
+    "sharded": ("--use-torch-fsdp2", 3),
+    "kept-gathered": ("--use-distributed-optimizer --swiglu --disable-bias-linear --num-query-groups 2", 2),
+    "hsdp-tp": (
+        "--tensor-model-parallel-size 2 --data-parallel-sharding-strategy optim_grads "
+        "--num-distributed-optimizer-instances 2 --untie-embeddings-and-output-weights",
+        8,
+    ),
+    "pp-fsdp": ("--pipeline-model-parallel-size 2 --use-torch-fsdp2 --untie-embeddings-and-output-weights", 4),
+}
+PRECISIONS = {"fp32": "", "bf16": "--bf16", "bf16-main": "--bf16 --main-params-dtype bf16"}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_holds_what_is_planned(layout, precision):
+    flags, world_size = LAYOUTS[layout]
+    optimizer = "--optimizer normuon" if "hsdp" in layout or layout in ("replicas", "pp-fsdp") else ""
+    config = parse_config(
+        words(flags, PRECISIONS[precision], optimizer, f"--global-batch-size {4 * world_size}")
+    ).config
+    inventory, cut = Inventory.of(config, VOCAB_SIZE), Cut.of(config, world_size)
+    largest = dict.fromkeys(("weights", "main", "state"), 0.0)
+    for rank in range(world_size):
+        with rank_of(config, rank, world_size) as mesh:
+            step = step_of(config, mesh)
+            stage, tensor = mesh.rank("pp"), mesh.rank("tp")
+            held = nbytes(state for _, state in step.optimizer.state_tensors().values())
+            number = mesh.dp_rank * cut.tp + tensor
+            assert state_bytes(inventory, cut, stage, number, stage_plan(inventory, cut, stage)) == held
+            if stage == 0:
+                modules = nbytes(local_part(p.detach()) for p in step.model.parameters())
+                copies = nbytes(main.value for main, _ in step.main.copied)
+                for name, value in (("weights", modules), ("main", copies), ("state", held)):
+                    largest[name] = max(largest[name], value)
+    planned = stage_memory(config, inventory, cut, 0, VOCAB_SIZE)
+    assert (planned.weights, planned.main) == (largest["weights"], largest["main"])
+    assert planned.state == largest["state"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", ["alone", "tp", "sharded", "kept-gathered"])
+def test_gradients_are_as_planned(layout, precision):
+    flags, world_size = LAYOUTS[layout]
+    config = parse_config(words(flags, PRECISIONS[precision], f"--global-batch-size {2 * world_size}")).config
+    with rank_of(config, 0, world_size) as mesh:
+        step = step_of(config, mesh)
+        batch = {name: value[:2] for name, value in batch_of(config).items()}
+        step.forward_backward(batch, torch.ones(()))
+        step.main.collect_grads()
+        held = nbytes(main.grad for main in step.main.params)
+    planned = stage_memory(config, Inventory.of(config, VOCAB_SIZE), Cut.of(config, world_size), 0, VOCAB_SIZE)
+    assert planned.gradients == held
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scalar"),
+    [
+        *((optimizer, "adam") for optimizer in MATRIX_OPTIMIZERS),
+        *(("muon", scalar) for scalar in SCALAR_OPTIMIZERS[1:]),
+    ],
+)
+def test_every_optimizer_is_known(optimizer, scalar):
+    config = config_of(f"--optimizer {optimizer} --scalar-optimizer {scalar} --untie-embeddings-and-output-weights")
+    inventory, cut = Inventory.of(config, VOCAB_SIZE), Cut.of(config, 1)
+    with rank_of(config, 0, 1) as mesh:
+        step = step_of(config, mesh)
+        held = nbytes(state for _, state in step.optimizer.state_tensors().values())
+        assert parameters(inventory.whole()) == sum(main.value.numel() for main in step.main.params)
+    assert fullest_state(inventory, cut, 0) == held
+    assert state_bytes(inventory, cut, 0, 0, stage_plan(inventory, cut, 0)) == held
+
+
+@pytest.mark.parametrize(("precision", "measured"), [("bf16", 17.7), ("fp32", 26.0)])
+def test_peaks_measured_on_an_h100(precision, measured):
+    """benchmarks/results/train_step_h100.md."""
+    config = parse_config([*preset("dense-1b"), "--main-params-dtype", precision]).config
+    planned = stage_memory(config, Inventory.of(config, PRESET_VOCAB), Cut.of(config, 1), 0, PRESET_VOCAB)
+    assert planned.peak / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_many_homes_share_what_they_keep_evenly():
+    config = config_of("--optimizer dion --num-layers 8")
+    inventory, cut = Inventory.of(config, VOCAB_SIZE), replace(Cut.of(config, 1), replicate=2, shard=8)
+    plan = stage_plan(inventory, cut, 0)
+    exact = max(state_bytes(inventory, cut, 0, rank, plan) for rank in range(16))
+    assert fullest_state(inventory, cut, 0) == pytest.approx(exact, rel=0.1)
+
+
+def test_front_stages_hold_more_micro_batches():
+    flags = "--pipeline-model-parallel-size 4 --num-layers 8 --global-batch-size 16"
+    config = parse_config(words(flags)).config
+    inventory, cut = Inventory.of(config, VOCAB_SIZE), Cut.of(config, 4)
+    assert [cut.in_flight(stage) for stage in range(4)] == [4, 3, 2, 1]
+    held = [stage_memory(config, inventory, cut, stage, VOCAB_SIZE).activations for stage in range(4)]
+    assert held == sorted(held, reverse=True)
+
+
+def test_gradients_of_several_micro_batches_stay_whole_under_fsdp():
+    one, many = (config_of(f"--use-torch-fsdp2 --global-batch-size {4 * n}") for n in (1, 4))
+    inventory = Inventory.of(one, VOCAB_SIZE)
+    small, large = (stage_memory(c, inventory, Cut.of(c, 2), 0, VOCAB_SIZE) for c in (one, many))
+    assert small.unreduced == 0
+    assert large.unreduced == 4 * parameters(inventory.whole())
