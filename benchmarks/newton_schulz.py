@@ -35,7 +35,7 @@ CLEAN_BYTES = 1 << 28  # inputs in turn add up to more than any cache
 
 def ours(coefficients: str) -> Function:
     """Our function with one of its coefficient sets."""
-    return lambda x: orthonormalize(x, 5, coefficients, torch.bfloat16, fast=True)
+    return lambda x: orthonormalize(x, 5, coefficients, torch.bfloat16)
 
 
 def contestants(beside: list[str]) -> dict[str, Function]:

@@ -81,7 +81,7 @@ def measure(config: Config, steps: int, device: torch.device) -> dict[str, objec
     mesh = Mesh.build(config, device)
     model = build_model(config, VOCAB_SIZE, mesh)
     step = TrainStep(model, config, mesh)
-    step.main.initialise()
+    step.initialise()
     training = config.training
     samples = config.global_batch_size(dist.get_world_size()) // mesh.dp_size
     tokens = torch.randint(0, VOCAB_SIZE, (samples, training.seq_length), device=device)
@@ -98,7 +98,9 @@ def measure(config: Config, steps: int, device: torch.device) -> dict[str, objec
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times)
     per_device = samples * mesh.dp_size * training.seq_length / seconds / dist.get_world_size()
-    half, full = (flops_per_token(config.model, training.seq_length, VOCAB_SIZE, causal=c) for c in ("half", "full"))
+    half, full = (
+        flops_per_token(config.model, training.seq_length, VOCAB_SIZE, c, config.moe) for c in ("half", "full")
+    )
     peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16) if clock else None
     result: dict[str, object] = {
         "micro_batch_size": training.micro_batch_size,
