@@ -39,7 +39,7 @@ def run_layers(x: torch.Tensor, layers: Sequence[LayerCall], training: TrainingC
         x: hidden states.
         layers: functions of the hidden states alone.
         training: granularity, method and number of layers (Chen et al., arXiv 1604.06174; selective: Korthikanti et
-            al., arXiv 2205.05198, here every matrix product, attention and collective is kept).
+            al., arXiv 2205.05198; here every matrix product, attention and collective is kept, experts' aside).
     """
     if training.recompute == "none" or not torch.is_grad_enabled():
         for layer in layers:

@@ -137,8 +137,10 @@ class Trainer:
         """The trainer itself."""
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        """Stops the data loaders."""
+    def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: object) -> None:
+        """Stops the data loaders; finishes the save under way where all ranks leave together."""
+        if kind is not None and issubclass(kind, BrokenRunError):
+            self.checkpointer.finish()
         for loader in (self.train_data, self.valid_data):
             if loader is not None:
                 loader.close()

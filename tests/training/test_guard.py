@@ -140,3 +140,11 @@ def test_resumes_with_what_it_remembers(run, tmp_path):
     whole, parts = (recorded(tmp_path / f"{name}.jsonl", "train/left out") for name in ("whole", "parts"))
     assert whole, "some step must be left out for the comparison to say anything"
     assert parts == whole
+
+
+def test_a_save_under_way_is_finished_before_a_broken_run_stops(run, break_steps, tmp_path):
+    break_steps(3)
+    outcome = run("--train-iters 8 --max-skipped-steps 0 --async-save")
+    assert outcome.code == EXIT_BROKEN
+    assert "iteration 3" in outcome.err
+    assert saved_tensors(tmp_path / "run" / "iter_0000002")
