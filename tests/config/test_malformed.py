@@ -98,7 +98,7 @@ def scrambled(names: list[str]) -> list[str]:
 
 def test_scrambled_configurations_run_or_are_refused():
     refused = passed = 0
-    for _ in range(300):
+    for _ in range(150):
         argv = scrambled(RANDOM.sample(list(settings()), RANDOM.randint(1, 5)))
         world_size = RANDOM.choice([1, 2, 3, 8, 64])
         with contextlib.suppress(ConfigError):
@@ -108,5 +108,5 @@ def test_scrambled_configurations_run_or_are_refused():
             passed += 1
             shown = resolved(parsed.config, world_size)
             assert validate(from_dict(shown, "resolved"), world_size) == []
-    assert refused > 100
-    assert passed > 20
+    assert refused > 50
+    assert passed > 10

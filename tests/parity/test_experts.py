@@ -49,11 +49,8 @@ LAYOUTS = {
 OPTIMIZERS = {**cases.OPTIMIZERS, "muon with routers": "--optimizer muon --muon-moe-router --no-muon-split-fc1"}
 DAILY = {
     ("ep2", "global", "adam"),
-    ("ep2", "sequence", "muon"),
     ("ep2-tp2", "micro-batch", "muon"),
     ("ep2-fsdp2", "global", "muon"),
-    ("ep2-fsdp2", "global", "normuon"),
-    ("ep2-fsdp2", "capacity", "adam"),
     ("ep2-pp2", "sequence", "adam"),
 }
 MATRIX = [

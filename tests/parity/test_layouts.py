@@ -10,7 +10,7 @@ import torch
 from tests.parity import cases
 
 RECOMPUTE = {"": "", "full": "--recompute-granularity full", "selective": "--recompute-granularity selective"}
-DAILY_FEATURES = {("tp2-sp", "selective"), ("pp2", ""), ("pp2", "full"), ("tp2-fsdp2", "full")}
+DAILY_FEATURES = {("tp2-sp", "selective"), ("pp2", "full")}
 """What of `test_other_features` is in `make test`."""
 LOSS_TOLERANCE = {"adam": 1e-5} | {name: 1e-4 for name in cases.OPTIMIZERS if name != "adam"}
 
@@ -20,8 +20,10 @@ MATRIX = [
         scheme,
         optimizer,
         id=f"{layout}-{scheme}-{optimizer}",
-        # One combination per layout in `make test`; schemes, AdamW and Muon take turns.
-        marks=() if number < 6 and (number + place) % 6 == 0 else pytest.mark.long,
+        # One combination per layout of up to four ranks in `make test`; schemes, AdamW and Muon take turns.
+        marks=(
+            () if number < 6 and (number + place) % 6 == 0 and cases.LAYOUTS[layout].ranks <= 4 else pytest.mark.long
+        ),
     )
     for place, layout in enumerate(cases.LAYOUTS)
     for number, (scheme, optimizer) in enumerate(cases.combinations())
@@ -97,7 +99,7 @@ def test_other_features(pool, reference, layout, recompute):
     ("scheme", "layout"),
     [
         # One of each scheme in `make test`.
-        pytest.param(s, layout, marks=() if (s, layout) in {("umup", "tp2-sp"), ("munit", "pp2")} else pytest.mark.long)
+        pytest.param(s, layout, marks=() if (s, layout) in {("umup", "pp2"), ("munit", "pp2")} else pytest.mark.long)
         for s in cases.UNIT_SCALED
         for layout in cases.UNIT_SCALED_LAYOUTS
     ],

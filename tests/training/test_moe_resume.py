@@ -74,7 +74,7 @@ def test_resumes_bitwise_in_the_same_layout(pool, tmp_path, layout, optimizer):
     ("before", "after", "optimizer"),
     [
         ("ep2", "one", "muon"),
-        ("one", "ep2-fsdp2", "spectral_sphere"),
+        pytest.param("one", "ep2-fsdp2", "spectral_sphere", marks=pytest.mark.long),
         pytest.param("ep2-fsdp2", "ep2-tp2", "normuon", marks=pytest.mark.long),
         pytest.param("ep2-dp2", "ep2-fsdp2", "spectral_sphere", marks=pytest.mark.long),
         pytest.param("ep2-tp2", "ep2-dp2", "adam", marks=pytest.mark.long),

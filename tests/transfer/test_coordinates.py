@@ -103,7 +103,9 @@ def broken() -> Iterator[object]:
     """Each rule of CompleteP at alpha 1/2, where none is 1, over the size that it follows; and what must show it."""
 
     def case(name: str, plan: CheckPlan, change: Callable[[Scheme], Scheme], quantity: str, of: str) -> object:
-        return pytest.param(plan, change, quantity, of, id=name)
+        # Over depth models are costly: one in `make test`.
+        slow = plan is DEPTH and not name.startswith("hidden lr")
+        return pytest.param(plan, change, quantity, of, id=name, marks=pytest.mark.long if slow else ())
 
     yield case("hidden init", WIDTH, without(Kind.HIDDEN, "init"), "activation", "mlp.linear_fc1")
     yield case("hidden lr", WIDTH, without(Kind.HIDDEN, "lr_width"), UPDATE, "mlp.linear_fc1")
