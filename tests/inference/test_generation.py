@@ -87,7 +87,10 @@ def generate(*argv: str) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-@pytest.mark.parametrize(("tensor", "stages"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("tensor", "stages"),
+    [pytest.param(2, 1, marks=pytest.mark.long), (1, 2), pytest.param(2, 2, marks=pytest.mark.long)],
+)
 def test_tensor_ranks_and_stages(pool, checkpoints, tensor, stages):
     sizes = ["--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(stages)]
     prompts = ["--prompt", *(" ".join(map(str, prompt)) for prompt in PROMPTS)]

@@ -82,7 +82,11 @@ def load_and_go_on(grid: Grid, folder: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("ranks", "grid", "others", "other_grid"),
-    [(4, (1, 2, 1, 2), 2, (1, 1, 1, 2)), (1, (1, 1, 1, 1), 4, (1, 2, 2, 1)), (4, (1, 1, 1, 4), 1, (1, 1, 1, 1))],
+    [
+        (4, (1, 2, 1, 2), 2, (1, 1, 1, 2)),
+        (1, (1, 1, 1, 1), 4, (1, 2, 2, 1)),
+        pytest.param(4, (1, 1, 1, 4), 1, (1, 1, 1, 1), marks=pytest.mark.long),
+    ],
 )
 def test_state_moves_between_layouts(pool, lone_mesh, tmp_path, ranks, grid, others, other_grid):
     for name, config in CONFIGS.items():

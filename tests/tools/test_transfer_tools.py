@@ -51,10 +51,8 @@ def test_coord_check_writes_tables_pictures_and_a_verdict(pool, tmp_path):
         assert (tmp_path / "mup-adam" / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["--tensor-model-parallel-size 2", pytest.param("--pipeline-model-parallel-size 2", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"])
 def test_coord_check_finds_the_same_in_every_layout(pool, tmp_path, layout):
     found = []
     for ranks, flags in ((1, ""), (2, layout)):

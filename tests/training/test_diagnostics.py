@@ -55,7 +55,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("flags", ["--optimizer muon", "--untie-embeddings-and-output-weights"])
+@pytest.mark.parametrize(
+    "flags", ["--optimizer muon", pytest.param("--untie-embeddings-and-output-weights", marks=pytest.mark.long)]
+)
 def test_no_layout_changes_a_number(pool, alone, layout, flags):
     want = alone(flags)
     for got in pool.run(2, diagnosed, config_of(FLAGS, flags, LAYOUTS[layout])):
