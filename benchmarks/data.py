@@ -93,22 +93,25 @@ def _cpu() -> float:
 
 
 def memory(command: list[str]) -> None:
-    """Runs a command; prints the peak of the proportional set size over it and its children."""
-    process, peak, start = subprocess.Popen(command), 0, time.perf_counter()
+    """Runs a command; prints peaks over it and its children: proportional set size, and what of it no file backs."""
+    process, peak, own, start = subprocess.Popen(command), 0, 0, time.perf_counter()
     while process.poll() is None:
-        peak = max(peak, _resident(process.pid))
-        time.sleep(0.5)
-    print(f"exit {process.returncode}, wall {time.perf_counter() - start:.1f} s, peak {peak / 2**20:.3f} GiB")
+        peak, own = max(peak, _resident(process.pid, "Pss:")), max(own, _resident(process.pid, "Anonymous:"))
+        time.sleep(0.2)
+    print(
+        f"exit {process.returncode}, wall {time.perf_counter() - start:.1f} s, peak {peak / 2**20:.3f} GiB, of its own "
+        f"{own / 2**20:.3f} GiB"
+    )
 
 
-def _resident(root: int) -> int:
-    """KiB of a process tree; processes that end meanwhile count nothing."""
+def _resident(root: int, field: str) -> int:
+    """KiB of a process tree in a field of smaps; processes that end meanwhile count nothing."""
     total, pending = 0, [root]
     while pending:
         folder = Path("/proc") / str(pending.pop())
         try:
             fields = (folder / "smaps_rollup").read_text().split()
-            total += int(fields[fields.index("Pss:") + 1])
+            total += int(fields[fields.index(field) + 1])
             pending += map(int, (folder / "task" / folder.name / "children").read_text().split())
         except OSError:
             continue

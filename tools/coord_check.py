@@ -36,6 +36,7 @@ from megatron_mup.transfer.check import (
     outcomes,
     write_outcomes,
 )
+from megatron_mup.transfer.sizes import sizes_of
 from megatron_mup.transfer.verdict import TOLERANCE, format_verdicts
 
 
@@ -44,8 +45,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--widths", type=_numbers, default=(), help="hidden sizes; default: the recipe's")
-    parser.add_argument("--depths", type=_numbers, default=(), help="numbers of layers; default: the recipe's")
+    parser.add_argument("--widths", type=sizes_of, default=(), help="hidden sizes; default: the recipe's")
+    parser.add_argument("--depths", type=sizes_of, default=(), help="numbers of layers; default: the recipe's")
     parser.add_argument("--parametrization", type=_words, default=(), help="one or several; default: the recipe's")
     parser.add_argument("--optimizer", type=_words, default=(), help="one or several; default: the recipe's")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each model (default: 6)")
@@ -62,13 +63,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     if arguments.steps < 1 or arguments.seeds < 1 or arguments.tolerance <= 0:
         parser.error("--steps and --seeds must be at least 1, --tolerance above 0")
     return arguments, rest
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(sorted({int(word) for word in text.split(",")}))
-    if numbers[0] < 1:
-        raise argparse.ArgumentTypeError("sizes are at least 1")
-    return numbers
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from megatron_mup.checkpoint.dcp import read_tensor
 from megatron_mup.checkpoint.files import checkpoints
 from megatron_mup.checkpoint.load import find, open_checkpoint
 from megatron_mup.checkpoint.verify import verify_all
-from megatron_mup.config import Config, ConfigError, from_dict, to_dict, to_yaml
+from megatron_mup.config import ConfigError, changed, from_dict, to_yaml
 
 DAMAGED, MISTAKE = 1, 2
 RECIPE_SECTIONS = ("model", "moe", "parametrization")
@@ -57,17 +57,6 @@ def show(folder: str, step: int | None) -> Iterator[str]:
         yield f"    {section}: {', '.join(f'{name} {value}' for name, value in values.items())}"
     others = [str(number) for number, other in checkpoints(path.parent).items() if other != path]
     yield f"  other checkpoints beside it: {', '.join(others) or 'none'}"
-
-
-def changed(config: object) -> dict[str, dict[str, object]]:
-    """Settings of a manifest that aren't the defaults, by section."""
-    assert isinstance(config, dict)
-    default = to_dict(Config())
-    differing = {
-        section: {name: v for name, v in values.items() if default.get(section, {}).get(name) != v}
-        for section, values in config.items()
-    }
-    return {section: values for section, values in differing.items() if values}
 
 
 def tensors(folder: str, step: int | None, match: str) -> Iterator[str]:

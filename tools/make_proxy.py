@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_mup.config import Config, ConfigError, parse_config, to_yaml
-from megatron_mup.transfer.proxy import base_sizes, changed, claims, format_claims, make_proxy, parameters
+from megatron_mup.config import Config, ConfigError, changed, parse_config, to_yaml
+from megatron_mup.transfer.proxy import base_sizes, claims, format_claims, make_proxy, parameters
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"wrote {arguments.output}")
     print(_sizes(proxy, big))
     print("\nput into the big recipe (base sizes), with the values that the proxy's sweep finds:")
-    parametrization = {"parametrization": proxy.parametrization.parametrization, **base_sizes(proxy.model)}
+    parametrization = {"parametrization": proxy.parametrization.parametrization, **base_sizes(proxy)}
     print(to_yaml({"parametrization": parametrization}))
     print(format_claims(claims(proxy, big)))
     return 0

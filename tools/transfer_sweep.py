@@ -29,7 +29,7 @@ from megatron_mup.config import Config, ConfigError, check_paths, parse_config, 
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.training.launch import Launch, init_process_group
 from megatron_mup.training.trainer import vocabulary_size
-from megatron_mup.transfer.sizes import pin_base
+from megatron_mup.transfer.sizes import pin_base, sizes_of
 from megatron_mup.transfer.sweep import GridAxis, SweepPlan, curves_of, findings, format_findings, share, wanted
 from megatron_mup.transfer.telescope import TelescopePlan, format_levels, telescope
 from megatron_mup.transfer.trials import DIVERGED, Results, Trial, configured, digest, work
@@ -42,8 +42,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--widths", type=_numbers, default=(), help="hidden sizes; default: the recipe's")
-    parser.add_argument("--depths", type=_numbers, default=(), help="numbers of layers; default: the recipe's")
+    parser.add_argument("--widths", type=sizes_of, default=(), help="hidden sizes; default: the recipe's")
+    parser.add_argument("--depths", type=sizes_of, default=(), help="numbers of layers; default: the recipe's")
     parser.add_argument(
         "--cross", action="store_true", help="widths at the first depth and depths at the first width, not every pair"
     )
@@ -74,10 +74,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     if arguments.telescope and (arguments.seeds > 1 or arguments.extend or len(arguments.depths) > 1):
         parser.error("--telescope takes one depth, one seed and no --extend")
     return arguments, rest
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(word) for word in text.split(",")}))
 
 
 def _axis(recipe: Config, text: str, spacing: float) -> GridAxis:

@@ -16,7 +16,7 @@ import torch
 from megatron_mup.checkpoint.state import MODEL, Piece
 from megatron_mup.config import Config, ConfigError
 from megatron_mup.parametrization.meta import ParamMeta, Role
-from megatron_mup.parametrization.schemes import Operations
+from megatron_mup.parametrization.schemes import Kind, Operations, kind_of
 from megatron_mup.parametrization.table import ForwardMultipliers, forward_multipliers, scheme_of
 
 if TYPE_CHECKING:
@@ -44,11 +44,6 @@ class Rescaling:
     final_norm: float = 1.0
     qk_norm: bool = False
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether every factor is one."""
-        return {*vars(self.factors).values(), self.final_norm} == {1.0}
-
     def __str__(self) -> str:
         """What happens to the weights, in words."""
         told = {**vars(self.factors), "final norm": self.final_norm}
@@ -64,14 +59,14 @@ class Rescaling:
             return own.embedding
         if meta.role is Role.READOUT:
             return own.logits
-        if meta.name.startswith("decoder.final_layernorm."):
+        if kind_of(meta) is Kind.FINAL_VECTOR:
             return self.final_norm
+        # Which of two norms, or of several biases, a vector is, its name alone tells.
         if (block == "query" and not self.qk_norm) or ".q_layernorm." in meta.name:
             return own.attention_logits
-        # Weight and bias alike.
-        if ".linear_proj." in meta.name:
+        if meta.role is Role.ATTENTION_OUTPUT or meta.name.endswith(".linear_proj.bias"):
             return own.attention_branch
-        if ".linear_fc2." in meta.name or meta.role.is_output_projection:
+        if meta.role.is_output_projection or meta.name.endswith(".linear_fc2.bias"):
             return own.mlp_branch
         return 1.0
 
@@ -84,7 +79,7 @@ def rescaling(saved: Config, config: Config) -> Rescaling:
 
     Raises:
         ConfigError: one of the two has unit-scaled operations, and they aren't alike: no factors on weights make up
-            for those.
+            for those. Or a factor has no place in the model's weights.
     """
     if Operations.PLAIN in (kinds := {scheme_of(c).operations for c in (saved, config)}) and len(kinds) == 1:
         factors = quotient(forward_multipliers(saved), forward_multipliers(config))
@@ -99,7 +94,25 @@ def rescaling(saved: Config, config: Config) -> Rescaling:
         )
     tied = not config.model.untie_embeddings_and_output_weights
     final_norm = factors.logits / factors.embedding if tied else 1.0
-    return Rescaling(factors, final_norm, config.model.qk_layernorm)
+    change = Rescaling(factors, final_norm, config.model.qk_layernorm)
+    if lost := _without_place(change, config):
+        raise ConfigError(
+            f"--parametrization {config.parametrization.parametrization}",
+            f"the checkpoint's factors differ, and {lost}",
+            "go on with the checkpoint's parametrization and base sizes",
+        )
+    return change
+
+
+def _without_place(change: Rescaling, config: Config) -> str | None:
+    """Why some factor can't be taken up by the weights; None if all can."""
+    model, own = config.model, change.factors
+    if model.norm_position != "pre" and (own.attention_branch, own.mlp_branch) != (1.0, 1.0):
+        return "a norm behind each branch undoes what its weights would take up (--norm-position)"
+    in_gains = [change.final_norm] + [own.attention_logits] * model.qk_layernorm
+    if not model.norm_affine and any(factor != 1.0 for factor in in_gains):
+        return "norms have no gains that could take them up (--no-norm-affine)"
+    return None
 
 
 @torch.no_grad()

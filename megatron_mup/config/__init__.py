@@ -15,7 +15,7 @@ from megatron_mup.config.parametrization import ParametrizationConfig
 from megatron_mup.config.paths import check_paths
 from megatron_mup.config.pipeline import stage_layers
 from megatron_mup.config.rules import check_vocab_size
-from megatron_mup.config.serialize import from_dict, resolved, to_dict, to_yaml
+from megatron_mup.config.serialize import changed, from_dict, resolved, to_dict, to_yaml
 from megatron_mup.config.training import TrainingConfig
 from megatron_mup.config.validate import validate
 
@@ -34,6 +34,7 @@ __all__ = [
     "ParsedConfig",
     "ScheduleConfig",
     "TrainingConfig",
+    "changed",
     "check_paths",
     "check_vocab_size",
     "from_dict",

@@ -55,6 +55,17 @@ def from_dict(data: Mapping[str, Any], source: str) -> Config:
     return Config(**built)
 
 
+def changed(data: Config | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by section that aren't the defaults, of a configuration or of what :func:`to_dict` gave."""
+    default = to_dict(Config())
+    plain = to_dict(data) if isinstance(data, Config) else data
+    differing = {
+        section: {name: value for name, value in values.items() if default.get(section, {}).get(name) != value}
+        for section, values in plain.items()
+    }
+    return {section: values for section, values in differing.items() if values}
+
+
 def to_yaml(data: Config | Mapping[str, Any]) -> str:
     """A configuration, or plain data, as a recipe."""
     plain = to_dict(data) if isinstance(data, Config) else dict(data)

@@ -79,7 +79,10 @@ def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     coefficients = f"the coefficients are {kind}"
     yield ["muon_coefficient_safety"], kind not in ("polar_express", "generated"), coefficients
     yield ["muon_coefficient_lower"], kind != "generated", coefficients
-    no_switch = optimizer.optimizer_switch_at is None
+    switch, iterations = optimizer.optimizer_switch_at, config.training.train_iters
+    never = switch is not None and iterations is not None and switch >= iterations
+    yield ["optimizer"], never, f"the run ends before --optimizer-switch-at {switch}, with AdamW"
+    no_switch = switch is None
     yield ["optimizer_switch_carry_state"], no_switch, "there is no --optimizer-switch-at"
     yield _names("dion_"), optimizer.optimizer != "dion", name
     yield _names("normuon_"), optimizer.optimizer != "normuon", name

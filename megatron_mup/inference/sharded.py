@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mup.checkpoint import Piece, load
-from megatron_mup.checkpoint.state import MODEL
+from megatron_mup.checkpoint.state import MODEL, whole_piece
 from megatron_mup.checkpoint.whole import open_model
 from megatron_mup.config import Config, ParallelConfig
 from megatron_mup.config.rules import check_layout
@@ -18,7 +18,7 @@ from megatron_mup.layers.cache import KeyValueCache
 from megatron_mup.models.build import build_model
 from megatron_mup.models.gpt import GPT
 from megatron_mup.parallel.data_parallel import compute_dtype
-from megatron_mup.parallel.layout import Layout
+from megatron_mup.parallel.layout import Layout, gather_chunks
 from megatron_mup.parallel.mesh import Mesh
 
 
@@ -40,6 +40,7 @@ def load_sharded(
     for name, param in model.named_parameters():
         meta, layout = model.metas[name], Layout.of(model.metas[name], mesh)
         pieces.append(Piece(f"{MODEL}/{meta.tied_to or name}", param, layout.shape, layout.offsets))
+    pieces += [whole_piece(f"{MODEL}/{name}", bias) for name, bias in model.expert_biases().items()]
     load(saved.path, pieces, config)
     return model.to(compute_dtype(config)), mesh, config
 
@@ -58,7 +59,7 @@ def sharded_logits(model: GPT, mesh: Mesh, vocab_size: int) -> Logits:
         x = model(x, cache=cache)
         scores = torch.empty(batch, vocab_size, device=ids.device)
         if mesh.is_last_stage:
-            scores = _whole(x[-1].float(), mesh, vocab_size)
+            scores = gather_chunks(x[-1].float(), 1, vocab_size, mesh.group("tp"))
         else:
             dist.send(x.contiguous(), group=group, group_dst=rank + 1)
         if stages > 1:
@@ -66,15 +67,3 @@ def sharded_logits(model: GPT, mesh: Mesh, vocab_size: int) -> Logits:
         return scores
 
     return last
-
-
-def _whole(local: torch.Tensor, mesh: Mesh, vocab_size: int) -> torch.Tensor:
-    """Logits of all tensor ranks, ``[batch, vocab]``; the last rank may hold fewer."""
-    ranks = mesh.size("tp")
-    if ranks == 1:
-        return local
-    padded = local.new_zeros(local.shape[0], -(-vocab_size // ranks))
-    padded[:, : local.shape[1]] = local
-    parts = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(parts, padded, group=mesh.group("tp"))
-    return torch.cat(parts, -1)[:, :vocab_size].contiguous()

@@ -52,8 +52,10 @@ class Layout:
 
     def gather(self, local: torch.Tensor) -> torch.Tensor:
         """The whole tensor, on every rank. Collective over the ranks that hold one copy of it."""
-        whole = _gather(local, 0, self.cut_rows, self.shard_group)
-        return whole if self.cut_dim is None else _gather(whole, self.cut_dim, self.shape[self.cut_dim], self.cut_group)
+        whole = gather_chunks(local, 0, self.cut_rows, self.shard_group)
+        if self.cut_dim is None:
+            return whole
+        return gather_chunks(whole, self.cut_dim, self.shape[self.cut_dim], self.cut_group)
 
     def shard(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's part of a whole tensor, as a view."""
@@ -63,7 +65,7 @@ class Layout:
         return full
 
 
-def _gather(local: torch.Tensor, dim: int, length: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+def gather_chunks(local: torch.Tensor, dim: int, length: int, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Concatenates chunks along a dimension to ``length``; short and empty ones travel padded."""
     ranks = 1 if group is None else group.size()
     if ranks == 1:

@@ -9,10 +9,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import TracebackType
 
-PhaseTimer = Callable[[str], AbstractContextManager[None]]
+from megatron_mup.training.step import PhaseTimer
 
 
 class Watchdog:
@@ -47,8 +47,8 @@ class Watchdog:
         """A timer of phases that are watched too."""
 
         @contextmanager
-        def watched(name: str) -> Iterator[None]:
-            with self.phase(name), timer(name):
+        def watched(phase: str) -> Iterator[None]:
+            with self.phase(phase), timer(phase):
                 yield
 
         return watched

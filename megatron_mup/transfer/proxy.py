@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_mup.config import Config, ConfigError, ModelConfig, ParallelConfig, to_dict
+from megatron_mup.config import Config, ConfigError, ModelConfig, ParallelConfig
 from megatron_mup.parametrization.schemes import Operations
 from megatron_mup.parametrization.table import decay_rule, scheme_of
 from megatron_mup.transfer.sizes import resize
@@ -74,20 +74,23 @@ def make_proxy(big: Config, width_ratio: int, depth_ratio: int, num_query_groups
             f"use one of {_divisors(own.num_attention_heads)}",
         )
     rules = big.parametrization
-    if scheme_of(big).operations is not Operations.UMUP:  # which has no base model
-        name = "completep" if rules.parametrization == "standard" else rules.parametrization
-        rules = replace(rules, parametrization=name, **base_sizes(own))
-    return replace(
+    if rules.parametrization == "standard":
+        rules = replace(rules, parametrization="completep")
+    proxy = replace(
         small,
         model=own,
         parallel=ParallelConfig(),
         parametrization=rules,
         training=replace(big.training, micro_batch_size=1),
     )
+    return replace(proxy, parametrization=replace(rules, **base_sizes(proxy)))
 
 
-def base_sizes(model: ModelConfig) -> dict[str, Any]:
-    """A model's own sizes as the base sizes that a recipe states."""
+def base_sizes(config: Config) -> dict[str, Any]:
+    """A model's own sizes as the base sizes that a recipe states; none where the parametrization has no base model."""
+    model = config.model
+    if scheme_of(config).operations is Operations.UMUP:
+        return {}
     return {
         "mup_base_hidden_size": model.hidden_size,
         "mup_base_ffn_hidden_size": model.ffn_size,
@@ -95,17 +98,6 @@ def base_sizes(model: ModelConfig) -> dict[str, Any]:
         "mup_base_head_dim": model.head_dim,
         "base_num_layers": model.num_layers,
     }
-
-
-def changed(config: Config, names_of: Config | None = None) -> dict[str, dict[str, Any]]:
-    """Settings by section that differ from the defaults (or from another configuration)."""
-    other = to_dict(names_of or Config())
-    plain = to_dict(config)
-    found = {
-        section: {name: value for name, value in values.items() if value != other[section][name]}
-        for section, values in plain.items()
-    }
-    return {section: values for section, values in found.items() if values}
 
 
 def claims(proxy: Config, big: Config) -> list[Claim]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -14,6 +15,17 @@ from megatron_mup.parametrization.table import scheme_of
 
 Growth = Literal["heads", "head-dim"]
 """What grows with the hidden size: the number of heads at one head width, or the head width at one number of heads."""
+
+
+def sizes_of(text: str) -> tuple[int, ...]:
+    """Sizes on a command line, ``256,512``, by growing size; a type for argparse."""
+    try:
+        sizes = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes; write 256,512") from None
+    if sizes[0] < 1:
+        raise argparse.ArgumentTypeError("sizes are at least 1")
+    return sizes
 
 
 def pin_base(config: Config) -> Config:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,15 +121,6 @@ class Results:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-
-
-def losses_of(records: Mapping[str, Mapping[str, Any]], trials: Iterable[Trial]) -> dict[Trial, float]:
-    """Losses of those trials that are done; inf where one diverged."""
-    return {
-        trial: math.inf if record["status"] == DIVERGED else record["loss"]
-        for trial in trials
-        if (record := records.get(trial.key)) is not None
-    }
 
 
 def run_trial(config: Config, trial: Trial, vocab_size: int, mesh: Mesh, folder: str | Path) -> dict[str, Any] | None:

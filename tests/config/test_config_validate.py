@@ -148,6 +148,7 @@ def test_what_cannot_work_is_told(argv, world_size, parts):
         ("--max-position-embeddings 2048", "--max-position-embeddings 2048", "learned_absolute"),
         ("--muon-momentum 0.95", "--muon-momentum 0.95", "adam"),
         ("--optimizer muon --no-muon-split-fc1", "--no-muon-split-fc1", "gate"),
+        ("--optimizer muon --optimizer-switch-at 9999", "--optimizer muon", "ends before --optimizer-switch-at 9999"),
         ("--lr-wsd-decay-iters 3", "--lr-wsd-decay-iters 3", "cosine"),
         ("--lr-power-exponent -1", "--lr-power-exponent -1.0", "cosine"),
         ("--lr-decay-style constant --min-lr 1e-5", "--min-lr 1e-05", "constant"),

@@ -105,6 +105,20 @@ def test_tensor_ranks_and_stages(pool, checkpoints, tensor, stages):
         assert row == prompt + (text[: text.index(end)] if end in text else text)
 
 
+def test_stages_of_a_model_with_experts(pool, tmp_path):
+    """Their routers' biases come along."""
+    experts = (
+        "--num-experts 4 --swiglu --disable-bias-linear --moe-router-score-function sigmoid --train-iters 2 "
+        "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1 --tokenizer-type NullTokenizer"
+    )
+    assert pretrain(words(experts, f"--save {tmp_path}")).code == 0
+    flags = f"--load {tmp_path} --max-tokens 12 --temperature 0 --pipeline-model-parallel-size 2".split()
+    outcomes = pool.launch(2, generate, *flags, "--prompt", "3 1 4")
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+    (want,) = greedy(load_model(tmp_path).model, [[3, 1, 4]], 12, 16)
+    assert outcomes[0][1].split() == list(map(str, [3, 1, 4, *want]))
+
+
 def test_the_layout_must_have_its_processes(checkpoints):
     code, out = generate("--load", str(checkpoints), "--prompt", "1", "--tensor-model-parallel-size", "2")
     assert code == 2

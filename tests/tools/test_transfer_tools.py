@@ -118,3 +118,21 @@ def test_make_proxy_writes_a_recipe_that_works(tmp_path):
     proxy = parse_config(["--config", str(file)]).config
     assert (proxy.model.hidden_size, proxy.model.num_layers) == (512, 6)
     assert os.path.getsize(file) < 2000
+
+
+def test_make_proxy_of_a_model_without_a_base(tmp_path):
+    """u-muP has no base sizes: what is printed works."""
+    from make_proxy import main
+
+    from megatron_mup.config import parse_config, validate
+
+    file = tmp_path / "proxy.yaml"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        umup = "--parametrization umup --disable-bias-linear --untie-embeddings-and-output-weights --lr 1"
+        sizes = "--num-layers 4 --hidden-size 256 --num-attention-heads 8"
+        code = main(f"{umup} {sizes} --width-ratio 4 --output {file}".split())
+    assert code == 0
+    assert "mup_base" not in out.getvalue() + file.read_text()
+    assert "umup" in file.read_text()
+    validate(parse_config(f"--config {file} --mock-data --vocab-size 64 --train-iters 1".split()).config, 1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mup.checkpoint.rescale import rescaling
+from megatron_mup.config import ConfigError
 from megatron_mup.inference import load_model
 from tests.checkpoint.convert.hf_cases import convert, hf_logits, make, tokens
-from tests.runs import pretrain, recorded, words
+from tests.runs import config_of, pretrain, recorded, words
 
 SIZES = (
     "--num-layers 3 --hidden-size 48 --num-attention-heads 6 --num-query-groups 2 --ffn-hidden-size 96 --swiglu "
@@ -92,3 +94,22 @@ def test_finetune_rescales_too(pool, tmp_path):
     assert outcome.code == 0, outcome.err
     logits = [load_model(tmp_path / name).model(tokens()) for name in ("one", "two")]
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+
+
+GROWN = "--parametrization completep --mup-base-hidden-size 16 --mup-base-head-dim 4 --base-num-layers 1"
+
+
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        ("--norm-position post-branch --mup-base-head-dim 8", "--norm-position"),
+        ("--no-norm-affine", "--no-norm-affine"),
+        ("--no-norm-affine --qk-layernorm --untie-embeddings-and-output-weights", "--no-norm-affine"),
+    ],
+)
+def test_factors_that_no_weight_can_take_up_are_refused(model, part):
+    """Their place would be a gain that isn't there, or in front of a norm."""
+    plain, grown = config_of(model), config_of(GROWN, model)
+    with pytest.raises(ConfigError, match=part):
+        rescaling(plain, grown)
+    assert str(rescaling(grown, grown)) == "as they are"

@@ -98,7 +98,7 @@ def test_a_tied_model_is_untied_only_where_it_must_be(trained, tmp_path):
 
 def test_no_multiplier_leaves_the_bits_alone():
     plain = to_hf_config(config_of(PLAIN, f"--vocab-size {VOCAB_SIZE}"))
-    assert plain.fold.is_idle
+    assert str(plain.fold) == "as they are"
     assert not plain.unties
 
 
