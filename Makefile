@@ -9,14 +9,15 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart quickstart-short test test-long test-cluster lint clean
+.PHONY: help venv quickstart quickstart-short test test-long test-cluster lint docs clean
 
 help:
 	@echo 'make quickstart        train a small GPT from nothing: corpus, tokenizer, data, training, sample of text'
 	@echo 'make test              tests that any two cores run in less than 15 minutes'
 	@echo 'make test-long         all tests but those that need a GPU: the whole matrix of layouts'
-	@echo 'make test-cluster      batch scripts on a real SLURM, started by the tests: slurm-wlm, munge, root'
+	@echo 'make test-cluster      on a real SLURM (slurm-wlm, munge) and two network namespaces, both as root'
 	@echo 'make lint              ruff, mypy, and whether docs/configuration.md is up to date'
+	@echo 'make docs              the documentation as a site, in build/site'
 	@echo 'make quickstart-short  the quickstart with a few iterations, to see that all of it works'
 	@echo 'make venv              only the environment, in $(VENV)'
 	@echo 'make clean             remove the folders of the quickstart and of tools; the environment stays'
@@ -49,8 +50,9 @@ quickstart: $(RUN_STAMP)
 quickstart-short: $(RUN_STAMP)
 	@$(BIN)/python tools/quickstart.py --short $(ARGS)
 
+# Two processes, each with a pool of ranks: one file's tests share theirs.
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest -m 'not long' -n 2 --dist loadfile
 
 test-long: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m 'not gpu'
@@ -64,6 +66,10 @@ lint: $(DEV_STAMP)
 	$(BIN)/mypy megatron_mup/config megatron_mup/parametrization
 	@$(BIN)/python -m megatron_mup.config.docs | diff -u docs/configuration.md - || { \
 	    echo 'error: docs/configuration.md is old: python -m megatron_mup.config.docs > docs/configuration.md' >&2; exit 1; }
+
+docs: $(RUN_STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf quickstart build dist .pytest_cache .ruff_cache .mypy_cache

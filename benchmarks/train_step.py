@@ -1,14 +1,18 @@
 """Speed of the trainer's own step on one machine: tokens/s, MFU, memory, and the split over phases.
 
-    python benchmarks/train_step.py [--preset dense-1b|dense-1b-hd128|block-8b] [--beside PROGRAM] [--json] [any flag]
+    python benchmarks/train_step.py [--preset NAME] [--beside PROGRAM] [--trace FILE] [--json] [any flag]
 
+Presets: dense-1b, dense-1b-hd128, block-8b, moe-small; ``none`` has no flags of its own, for ``--config recipe.yaml``.
 Any flag of `pretrain.py` changes the preset, e.g. ``--micro-batch-size 4 --main-params-dtype fp32 --optimizer muon``.
+``--trace`` profiles one more step; open the file in https://ui.perfetto.dev or chrome://tracing.
 With ``--beside`` another program is run before and after on the same machine with the same preset; it must take
 ``--preset``, ``--micro-batch-size`` and ``--json`` and print one JSON object with ``tokens_per_s``. Started with
 ``torchrun``, the step runs in whatever layout the flags say.
 
 FLOPs per token: 6 x (parameters in matrices, output layer included, embedding not) + attention, once with the causal
-half (6 x layers x width x seq) and once in full (12 x ...). MFU is against 989 TFLOP/s unless the GPU says otherwise.
+half (6 x layers x width x seq) and once in full (12 x ...). MFU is against 989 TFLOP/s unless the GPU says otherwise,
+in FP8 too. Phases are a step's: ``forward`` and ``backward`` are the two parts of ``forward-backward`` in device time
+(without a pipeline), ``gradients`` is what comes between backward and the optimizer.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,21 +36,31 @@ from megatron_mup.models.build import build_model
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.training.flops import flops_per_token, peak_flops
 from megatron_mup.training.launch import Launch, init_process_group
-from megatron_mup.training.step import TrainStep, untimed
+from megatron_mup.training.precision import settle_fp8
+from megatron_mup.training.step import TrainStep
+from megatron_mup.training.trainer import vocabulary_size
 
 VOCAB_SIZE = 32768
 PRESETS = {  # hidden, layers, heads, kv heads, ffn, micro-batch
     "dense-1b": (2048, 16, 32, 8, 8192, 2),
     "dense-1b-hd128": (2048, 16, 16, 8, 8192, 4),
     "block-8b": (4096, 4, 32, 8, 14336, 2),
+    "moe-small": (1024, 12, 16, 8, 4096, 4),
     "toy": (256, 2, 4, 2, 704, 2),
 }
+EXPERTS = {
+    "moe-small": (
+        "--num-experts 32 --moe-router-topk 4 --moe-ffn-hidden-size 512 --moe-shared-expert-intermediate-size 512"
+    )
+}
+"""What a preset has beside its dense sizes: 0.7 B parameters, of which a token passes 0.2 B."""
 
 
 def preset(name: str) -> list[str]:
     """Flags of a preset: an untied Llama, sequence 4096, bf16 everywhere, each layer compiled."""
     hidden, layers, heads, groups, ffn, micro_batch = PRESETS[name]
     return (
+        f"{EXPERTS.get(name, '')} "
         f"--hidden-size {hidden} --num-layers {layers} --num-attention-heads {heads} --num-query-groups {groups} "
         f"--ffn-hidden-size {ffn} --micro-batch-size {micro_batch} --seq-length 4096 --vocab-size {VOCAB_SIZE} "
         "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --bf16 --main-params-dtype bf16 "
@@ -54,54 +69,85 @@ def preset(name: str) -> list[str]:
 
 
 class PhaseClock:
-    """Device time of each phase of a step."""
+    """Time of each phase of a step: device time on a GPU, else wall time.
 
-    def __init__(self) -> None:
-        self.marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+    Args:
+        steps: how many steps are measured; a phase may run several times in each.
+        device: where they run.
+    """
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.steps, self.device = steps, device
+        self.marks: dict[str, list[Any]] = {}
 
     @contextmanager
     def __call__(self, name: str):
         """Measures what runs inside."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        self.mark(name)
         yield
-        end.record()
-        self.marks.setdefault(name, []).append((start, end))
+        self.mark(name)
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Measures the model's own forward as a phase."""
+        model.register_forward_pre_hook(lambda *_: self.mark("forward"))
+        model.register_forward_hook(lambda *_: self.mark("forward"))
+
+    def mark(self, name: str) -> None:
+        """A phase begins, or ends."""
+        now: Any = time.perf_counter()
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self.marks.setdefault(name, []).append(now)
 
     def medians(self) -> dict[str, float]:
-        """Median milliseconds by phase; waits for the device."""
-        torch.cuda.synchronize()
-        return {
-            name: round(statistics.median(a.elapsed_time(b) for a, b in pairs), 2) for name, pairs in self.marks.items()
-        }
+        """Median milliseconds of a step by phase; waits for the device."""
+        on_gpu = self.device.type == "cuda"
+        torch.cuda.synchronize() if on_gpu else None
+        times = {}
+        for name, marks in self.marks.items():
+            pairs = zip(marks[::2], marks[1::2], strict=True)
+            each = [start.elapsed_time(end) if on_gpu else (end - start) * 1e3 for start, end in pairs]
+            count = len(each) // self.steps
+            times[name] = statistics.median(sum(each[n : n + count]) for n in range(0, len(each), count))
+        if "forward" in times:  # not in a pipeline, which calls its stages by itself
+            times["backward"] = times["forward-backward"] - times["forward"]
+        return {name: round(value, 2) for name, value in times.items()}
 
 
-def measure(config: Config, steps: int, device: torch.device) -> dict[str, object]:
-    """Builds the trainer's step on this process group, warms it up and times it."""
+def measure(config: Config, steps: int, device: torch.device, trace: str | None = None) -> dict[str, object]:
+    """Builds the trainer's step on this process group, warms it up and times it; profiles one more into ``trace``."""
     mesh = Mesh.build(config, device)
-    model = build_model(config, VOCAB_SIZE, mesh)
+    vocab_size = vocabulary_size(config)
+    model = build_model(config, vocab_size, mesh)
     step = TrainStep(model, config, mesh)
     step.initialise()
     training = config.training
     samples = config.global_batch_size(dist.get_world_size()) // mesh.dp_size
-    tokens = torch.randint(0, VOCAB_SIZE, (samples, training.seq_length), device=device)
+    tokens = torch.randint(0, vocab_size, (samples, training.seq_length), device=device)
     batch = {"tokens": tokens, "labels": tokens}
     for _ in range(4):
         step(batch, 1.0)
-    clock = PhaseClock() if device.type == "cuda" else None
+    on_gpu, clock = device.type == "cuda", PhaseClock(steps, device)
+    clock.watch(model)
     times = []
     for _ in range(steps):
-        torch.cuda.synchronize() if clock else None
+        torch.cuda.synchronize() if on_gpu else None
         start = time.perf_counter()
-        step(batch, 1.0, timer=clock or untimed)
-        torch.cuda.synchronize() if clock else None
+        step(batch, 1.0, timer=clock)
+        torch.cuda.synchronize() if on_gpu else None
         times.append(time.perf_counter() - start)
+    phases = clock.medians()
+    if trace:
+        with torch.profiler.profile() as profile:
+            step(batch, 1.0)
+        profile.export_chrome_trace(f"{trace}.{dist.get_rank()}" if dist.get_rank() else trace)
     seconds = statistics.median(times)
     per_device = samples * mesh.dp_size * training.seq_length / seconds / dist.get_world_size()
     half, full = (
-        flops_per_token(config.model, training.seq_length, VOCAB_SIZE, c, config.moe) for c in ("half", "full")
+        flops_per_token(config.model, training.seq_length, vocab_size, c, config.moe) for c in ("half", "full")
     )
-    peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16) if clock else None
+    peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16) if on_gpu else None
     result: dict[str, object] = {
         "micro_batch_size": training.micro_batch_size,
         "main_params_dtype": training.main_params_dtype,
@@ -110,15 +156,15 @@ def measure(config: Config, steps: int, device: torch.device) -> dict[str, objec
         "tokens_per_s": round(per_device),
         "tflops_causal_half": round(half * per_device / 1e12, 1),
         "tflops_full": round(full * per_device / 1e12, 1),
+        "phases_ms": phases,
     }
-    if clock and peak:
+    if peak:
         result |= {
             "mfu_causal_half": round(half * per_device / peak, 4),
             "mfu_full": round(full * per_device / peak, 4),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "phases_ms": clock.medians(),
         }
     return result
 
@@ -134,17 +180,19 @@ def run_beside(program: str, name: str, config: Config) -> float:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="dense-1b", choices=PRESETS)
+    parser.add_argument("--preset", default="dense-1b", choices=[*PRESETS, "none"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--beside", help="program to measure on the same machine, before and after")
+    parser.add_argument("--trace", metavar="FILE", help="profile of one more step")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args()
     launch = Launch.from_environment()
-    config = parse_config([*preset(args.preset), *rest]).config
+    config = parse_config([*([] if args.preset == "none" else preset(args.preset)), *rest]).config
     validate(config, launch.world_size)
+    config, _ = settle_fp8(config)
     beside = [run_beside(args.beside, args.preset, config)] if args.beside else []
     device = init_process_group(config, launch)
-    result = {"preset": args.preset} | measure(config, args.steps, device)
+    result = {"preset": args.preset} | measure(config, args.steps, device, args.trace)
     dist.destroy_process_group()
     if args.beside:
         torch.cuda.empty_cache()

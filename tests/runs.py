@@ -57,9 +57,9 @@ def model_of(config: Config, seed: int = 0) -> GPT:
     return model
 
 
-def step_of(config: Config, mesh: Mesh) -> TrainStep:
+def step_of(config: Config, mesh: Mesh, vocab_size: int = VOCAB_SIZE) -> TrainStep:
     """Model and optimizer with their initial values."""
-    step = TrainStep(build_model(config, VOCAB_SIZE, mesh), config, mesh)
+    step = TrainStep(build_model(config, vocab_size, mesh), config, mesh)
     step.initialise()
     return step
 

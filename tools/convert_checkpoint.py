@@ -5,6 +5,7 @@ python tools/convert_checkpoint.py from-hf --load Qwen3-0.6B --save runs/qwen3
 python tools/convert_checkpoint.py from-megatron --load megatron-run --save runs/theirs
 python tools/convert_checkpoint.py to-megatron --load runs/my-model --save megatron-run
 python tools/convert_checkpoint.py grow --load runs/my-model --save runs/deeper --num-layers 48
+python tools/convert_checkpoint.py upcycle --load runs/my-model --save runs/experts --num-experts 8
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron_mup.checkpoint.convert.grow import grow
 from megatron_mup.checkpoint.convert.hf import Check, from_hf, to_hf
 from megatron_mup.checkpoint.convert.megatron import from_megatron, to_megatron
 from megatron_mup.checkpoint.convert.output import ConversionError
+from megatron_mup.checkpoint.convert.upcycle import upcycle
 from megatron_mup.checkpoint.whole import open_model
 from megatron_mup.config import ConfigError
 from megatron_mup.data.tokenizer import build_tokenizer
@@ -43,15 +45,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     megatron.add_argument("--save", required=True, help="folder to make")
     megatron.add_argument("--true-vocab-size", type=int, help="token ids without padding (default: with)")
     legacy = ways.add_parser("to-megatron", help="a checkpoint becomes one of Megatron-LM's legacy format torch")
-    legacy.add_argument("--load", required=True, help="folder of checkpoints, as --save named it")
-    legacy.add_argument("--save", required=True, help="folder to make")
-    legacy.add_argument("--ckpt-step", type=int, help="iteration (default: the latest)")
     larger = ways.add_parser("grow", help="a model becomes deeper or wider and computes the same")
-    larger.add_argument("--load", required=True, help="folder of checkpoints, as --save named it")
-    larger.add_argument("--save", required=True, help="folder to make")
-    larger.add_argument("--ckpt-step", type=int, help="iteration (default: the latest)")
+    sparse = ways.add_parser("upcycle", help="a dense model becomes one with experts and computes the same")
+    for way in (legacy, larger, sparse):
+        way.add_argument("--load", required=True, help="folder of checkpoints, as --save named it")
+        way.add_argument("--save", required=True, help="folder to make")
+        way.add_argument("--ckpt-step", type=int, help="iteration (default: the latest)")
     larger.add_argument("--num-layers", type=int, help="layers to have (default: as before)")
     larger.add_argument("--ffn-hidden-size", type=int, help="width of the MLPs to have (default: as before)")
+    larger.add_argument("--hidden-size", type=int, help="width of the residual stream to have (default: as before)")
+    sparse.add_argument("--num-experts", type=int, required=True, help="experts of each layer")
+    sparse.add_argument("--moe-router-topk", type=int, default=2, help="experts of each token (default: 2)")
+    sparse.add_argument(
+        "--moe-upcycling-granularity", type=int, default=1, help="experts that a copy of the MLP is cut into"
+    )
+    sparse.add_argument("--moe-layer-freq", default="1", help="layers with experts, as in pretrain.py (default: all)")
     out.add_argument("--ckpt-step", type=int, help="iteration (default: the latest)")
     out.add_argument("--architecture", choices=ARCHITECTURES, help="default: the plainest that can hold the model")
     out.add_argument(
@@ -96,6 +104,17 @@ def main(argv: list[str] | None = None) -> int:
                 step=arguments.ckpt_step,
                 num_layers=arguments.num_layers,
                 ffn_hidden_size=arguments.ffn_hidden_size,
+                hidden_size=arguments.hidden_size,
+            )
+        elif arguments.way == "upcycle":
+            upcycle(
+                arguments.load,
+                arguments.save,
+                num_experts=arguments.num_experts,
+                topk=arguments.moe_router_topk,
+                granularity=arguments.moe_upcycling_granularity,
+                layer_freq=arguments.moe_layer_freq,
+                step=arguments.ckpt_step,
             )
         elif arguments.way == "from-hf":
             from_hf(arguments.load, arguments.save, check=check_of(arguments))

@@ -2,6 +2,7 @@
 
     python tools/coord_check.py --widths 128,256,512 --config recipe.yaml [flags of pretrain.py]
     python tools/coord_check.py --widths 128,256 --depths 2,8 --parametrization mup,completep --optimizer adam,muon
+    python tools/coord_check.py --widths 128,256 --experts 4,8,16 --config moe-recipe.yaml
     torchrun --nproc-per-node 2 tools/coord_check.py --widths 128,256 --tensor-model-parallel-size 2 ...
 
 Trains the recipe for a few steps at every size, with the run's own model, step and optimizer, in fp32 and at the peak
@@ -47,6 +48,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     )
     parser.add_argument("--widths", type=sizes_of, default=(), help="hidden sizes; default: the recipe's")
     parser.add_argument("--depths", type=sizes_of, default=(), help="numbers of layers; default: the recipe's")
+    parser.add_argument("--experts", type=sizes_of, default=(), help="numbers of experts; default: the recipe's")
     parser.add_argument("--parametrization", type=_words, default=(), help="one or several; default: the recipe's")
     parser.add_argument("--optimizer", type=_words, default=(), help="one or several; default: the recipe's")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each model (default: 6)")
@@ -124,6 +126,7 @@ def _prepare(flags: list[str], arguments: argparse.Namespace, launch: Launch) ->
     plan = CheckPlan(
         widths=arguments.widths or (config.model.hidden_size,),
         depths=arguments.depths or (config.model.num_layers,),
+        experts=arguments.experts,
         steps=arguments.steps,
         seeds=arguments.seeds,
         grow=arguments.grow,

@@ -11,17 +11,29 @@ import torch.distributed as dist
 from megatron_mup.config import ConfigError
 
 T = TypeVar("T")
-Group = dist.ProcessGroup | None
+
+
+class Alone:
+    """The group of a rank that acts by itself."""
+
+
+ALONE = Alone()
+Group = dist.ProcessGroup | Alone | None
 
 
 def rank_of(group: Group) -> int:
     """This process's rank in the group (None: the whole world); 0 without a process group."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
+    return 0 if isinstance(group, Alone) or not dist.is_initialized() else dist.get_rank(group)
+
+
+def size_of(group: Group) -> int:
+    """Number of ranks in the group."""
+    return 1 if isinstance(group, Alone) or not dist.is_initialized() else dist.get_world_size(group)
 
 
 def gathered(value: T, group: Group) -> list[T]:
     """The value of every rank, on every rank."""
-    if not dist.is_initialized():
+    if isinstance(group, Alone) or not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
@@ -38,7 +50,7 @@ def on_all(action: Callable[[], T], group: Group) -> T:
 def on_first(action: Callable[[], T], group: Group) -> T:
     """What the action returns on rank 0, which alone runs it; its error otherwise."""
     result: list[Any] = [_tried(action) if rank_of(group) == 0 else None]
-    if dist.is_initialized():
+    if dist.is_initialized() and not isinstance(group, Alone):
         dist.broadcast_object_list(result, src=dist.get_global_rank(group, 0) if group else 0, group=group)
     value, error = result[0]
     raise_first([error])

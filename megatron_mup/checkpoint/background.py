@@ -15,6 +15,9 @@ from megatron_mup.checkpoint.manifest import Manifest
 from megatron_mup.checkpoint.save import save
 from megatron_mup.checkpoint.state import Piece
 
+GROUP = "background save"
+"""Description of the saver's process group."""
+
 
 class BackgroundSaver:
     """Saves one checkpoint at a time behind the run's back, just as `save` does. Collective.
@@ -24,7 +27,7 @@ class BackgroundSaver:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", group_desc=GROUP) if dist.is_initialized() else None
         self._copies: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -81,11 +84,10 @@ class BackgroundSaver:
 
     def _staged(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces that this rank offers, with copies in host memory."""
-        staged = []
-        for piece in pieces:
-            if not piece.is_saved:
-                continue
-            source, key = piece.value(), (piece.key, piece.offsets)
+        staged, offered = [], {(piece.key, piece.offsets): piece for piece in pieces if piece.is_saved}
+        self._copies = {key: copy for key, copy in self._copies.items() if key in offered}
+        for key, piece in offered.items():
+            source = piece.value()
             copy = self._copies.get(key)
             if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
                 copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from megatron_mup.checkpoint.agree import Group
+from megatron_mup.checkpoint.agree import Alone, Group
 from megatron_mup.checkpoint.state import Piece
 
 METADATA_FILE = ".metadata"
@@ -67,7 +67,7 @@ def write(folder: Path, pieces: list[Piece], group: Group) -> None:
         ShardError: the same on all ranks.
     """
     with _same_error_everywhere():
-        save({}, storage_writer=FileSystemWriter(folder), planner=_Save(pieces), process_group=group)
+        save({}, storage_writer=FileSystemWriter(folder), planner=_Save(pieces), **_ranks(group))
 
 
 def read(folder: Path, metadata: Metadata, pieces: list[Piece], group: Group) -> None:
@@ -78,7 +78,12 @@ def read(folder: Path, metadata: Metadata, pieces: list[Piece], group: Group) ->
             nothing has been filled.
     """
     with _same_error_everywhere():
-        load({}, storage_reader=_Reader(folder, metadata), planner=_Load(pieces), process_group=group)
+        load({}, storage_reader=_Reader(folder, metadata), planner=_Load(pieces), **_ranks(group))
+
+
+def _ranks(group: Group) -> dict[str, Any]:
+    """The group in DCP's words."""
+    return {"no_dist": True} if isinstance(group, Alone) else {"process_group": group}
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_mup.checkpoint import files, rng
-from megatron_mup.checkpoint.agree import Group, gathered, on_all, on_first, rank_of, reason
+from megatron_mup.checkpoint.agree import Group, gathered, on_all, on_first, rank_of, reason, size_of
 from megatron_mup.checkpoint.compare import compare_configs, told_differences
 from megatron_mup.checkpoint.dcp import METADATA_FILE, MismatchError, ShardError, read, read_metadata
 from megatron_mup.checkpoint.manifest import Manifest, read_manifest
@@ -110,8 +109,7 @@ def load_rng(path: str | Path, layout: dict[str, int], group: Group = None) -> b
 def _flipped(path: Path, group: Group) -> str | None:
     """The first file whose contents changed since it was written. Each rank looks at its share. Collective."""
     facts = on_first(lambda: read_manifest(path), group)
-    ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-    found = gathered(files.flipped(path, facts, rank_of(group), ranks), group)
+    found = gathered(files.flipped(path, facts, rank_of(group), size_of(group)), group)
     return next((problem for problem in found if problem is not None), None)
 
 

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_mup.checkpoint import files
 from megatron_mup.checkpoint.load import open_checkpoint
 from megatron_mup.config import ConfigError
+from megatron_mup.progress import track
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def verify(path: Path) -> Verdict:
         return Verdict(path, [f"{error.what}: {error.why}"], 0)
     problems = [
         problem
-        for number in range(len(facts.checksums))
+        for number in track(range(len(facts.checksums)), f"comparing {path.name}")
         if (problem := files.flipped(path, facts, number, len(facts.checksums)))
     ]
     if not facts.checksums:

@@ -76,11 +76,12 @@ def open_model(folder: str | Path, step: int | None = None) -> SavedModel:
 
 
 def alone(config: Config) -> Config:
-    """The same model on one rank, with nothing recomputed, and attention that takes any mask."""
+    """The same model on one rank, with nothing recomputed, attention that takes any mask, and room for every token."""
     training = replace(
         config.training,
         recompute_granularity="none",
         recompute_activations=False,
         attention_backend="unfused" if config.training.attention_backend == "unfused" else "auto",
     )
-    return replace(config, parallel=ParallelConfig(), training=training)
+    moe = replace(config.moe, moe_expert_capacity_factor=None, moe_pad_expert_input_to_capacity=False)
+    return replace(config, parallel=ParallelConfig(), training=training, moe=moe)

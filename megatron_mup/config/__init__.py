@@ -5,6 +5,7 @@ from megatron_mup.config.cli import ParsedConfig, parse_config
 from megatron_mup.config.config import Config
 from megatron_mup.config.data import DataConfig
 from megatron_mup.config.errors import ConfigError
+from megatron_mup.config.fp8 import Fp8Config
 from megatron_mup.config.guard import GuardConfig
 from megatron_mup.config.logging import LoggingConfig
 from megatron_mup.config.model import ModelConfig
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "Fp8Config",
     "GuardConfig",
     "LoggingConfig",
     "MoEConfig",

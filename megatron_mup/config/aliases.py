@@ -121,7 +121,6 @@ _TABLE = (
     Alias(flag="auto-detect-ckpt-format", note="there is one checkpoint format"),
     Alias(flag="ckpt-fully-parallel-save", note=_SHARDED),
     Alias(flag="ckpt-fully-parallel-load", note=_SHARDED),
-    Alias(flag="context-parallel-size", only="1", note="the sequence is not split over ranks in attention"),
     Alias(
         flag="expert-tensor-parallel-size",
         only="1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,14 @@ class CheckpointConfig:
     save_retain_interval: int | None = None
     """Checkpoints of iterations divisible by this stay for good, beside those that --keep-last keeps (default then:
     1)."""
+    non_persistent_save_interval: int | None = None
+    """Iterations between non-persistent saves: one more checkpoint, which the next of its kind replaces. A run whose
+    --load is its --save goes on from it where it is newer."""
+    non_persistent_ckpt_type: Literal["global", "local"] = "global"
+    """Non-persistent saves. global: into the folder non_persistent of --save; local: each rank's own shards into
+    --non-persistent-local-ckpt-dir, for the same layout only."""
+    non_persistent_local_ckpt_dir: str | None = None
+    """Folder for local non-persistent saves, on a disk of each node's own."""
     async_save: bool = False
     """Save in the background: training waits only while weights and optimizer state are copied to host memory."""
     ckpt_step: int | None = None

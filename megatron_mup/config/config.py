@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_mup.config.checkpoint import CheckpointConfig
 from megatron_mup.config.data import DataConfig
+from megatron_mup.config.fp8 import Fp8Config
 from megatron_mup.config.guard import GuardConfig
 from megatron_mup.config.logging import LoggingConfig
 from megatron_mup.config.model import ModelConfig
@@ -27,6 +28,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -52,6 +54,10 @@ class Config:
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel ranks in a world of ``world_size`` (validated elsewhere)."""
         return world_size // self.parallel.model_parallel_size
+
+    def sharding_size(self, world_size: int) -> int:
+        """Ranks over which parameters are sharded and gradients summed: data-parallel times context-parallel ones."""
+        return self.data_parallel_size(world_size) * self.parallel.context_parallel_size
 
     def global_batch_size(self, world_size: int) -> int:
         """Sequences per step, default resolved."""

@@ -17,5 +17,10 @@ class GuardConfig:
     """Accepted steps of which mean and deviation are taken; no step is a spike before half of them."""
     watchdog_minutes: float = 5.0
     """Say on stderr where a rank is that spends longer in one phase of a step, an evaluation or a save. 0: don't."""
+    log_straggler: bool = False
+    """Compare the times of all ranks each log interval, and name ranks and hosts that are slower than the others."""
+    check_weight_hash_across_dp_replicas_interval: int | None = None
+    """Iterations between comparisons of the weights of data-parallel replicas, to the bit. The run stops where they
+    differ. Default: none."""
     max_rollbacks: int = 1
     """Where too many steps in a row are broken, go back to the last checkpoint and past their data, up to so often."""

@@ -28,3 +28,9 @@ class LoggingConfig:
     """Folder of its local files."""
     metrics_file: str | None = None
     """File to which every logged step is appended as one JSON line."""
+    html_report: str | None = None
+    """File to which a report of the run is written at its end, however it ends: one HTML page with curves,
+    parametrization and configuration. Needs --metrics-file."""
+    prometheus_port: int | None = None
+    """Port on which the logging rank shows the latest metrics to a Prometheus server; needs the prometheus_client
+    package."""

@@ -22,6 +22,18 @@ class ModelConfig:
     """Number of key/value heads (grouped-query attention). Default: one per query head."""
     kv_channels: int | None = None
     """Width of one attention head. Default: hidden size / number of query heads."""
+    multi_latent_attention: bool = False
+    """Queries, keys and values come out of narrow latents (DeepSeek-V2). --qk-layernorm then norms the latents."""
+    q_lora_rank: int | None = None
+    """Latent attention: width of the queries' latent. Default: queries come from the stream, without one."""
+    kv_lora_rank: int | None = None
+    """Latent attention: width of the latent that keys and values share."""
+    qk_head_dim: int = 128
+    """Latent attention: width of the part of each query and key head that is not rotated."""
+    qk_pos_emb_head_dim: int = 64
+    """Latent attention: width of the part that is rotated; all heads have the same key there."""
+    v_head_dim: int = 128
+    """Latent attention: width of a value head."""
     max_position_embeddings: int | None = None
     """Rows of the learned position table. Default: --seq-length."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
@@ -53,7 +65,8 @@ class ModelConfig:
     add_qkv_bias: bool = False
     """Bias on the query, key and value projection even with --disable-bias-linear."""
     qk_layernorm: bool = False
-    """Norm on each query and key head, in front of the rotary embedding."""
+    """Norm on each query and key head, in front of the rotary embedding; with --multi-latent-attention on each
+    latent."""
     untie_embeddings_and_output_weights: bool = False
     """Separate matrices for the embedding and the output layer."""
     vocab_size: int | None = None
@@ -90,12 +103,33 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one head, default resolved."""
+        """Width of one head of queries and keys, default resolved."""
+        if self.multi_latent_attention:
+            return self.qk_head_dim + self.qk_pos_emb_head_dim
         return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one value head."""
+        return self.v_head_dim if self.multi_latent_attention else self.head_dim
+
+    @property
+    def attention_weights(self) -> int:
+        """Elements of the matrices of one layer's attention."""
+        heads, output = self.num_attention_heads, self.hidden_size * self.num_attention_heads * self.value_dim
+        if not self.multi_latent_attention:
+            return self.hidden_size * (heads + 2 * self.query_groups) * self.head_dim + output
+        rank = self.kv_lora_rank or 0
+        keys = self.hidden_size * (rank + self.qk_pos_emb_head_dim) + rank * heads * (self.qk_head_dim + self.value_dim)
+        width = heads * self.head_dim
+        queries = (self.hidden_size + width) * self.q_lora_rank if self.q_lora_rank else self.hidden_size * width
+        return queries + keys + output
 
     @property
     def rotary_dim(self) -> int:
         """Channels of each head that --position-embedding-type rope rotates."""
+        if self.multi_latent_attention:
+            return self.qk_pos_emb_head_dim
         return int(self.head_dim * self.rotary_percent)
 
     @property

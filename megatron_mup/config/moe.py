@@ -52,6 +52,8 @@ class MoEConfig:
     """Weight of the balancing loss; 0 turns it off."""
     moe_z_loss_coeff: float = 0.0
     """Weight of the router's z-loss, the mean of logsumexp(logits)^2; 0 turns it off."""
+    moe_input_jitter_eps: float | None = None
+    """Jitter on the router's input in training: each element times a random number within this of 1. Default: none."""
     moe_expert_capacity_factor: float | None = None
     """An expert takes at most this many times its even share of each rank's micro-batch and drops the rest. Default: no
     token is dropped."""

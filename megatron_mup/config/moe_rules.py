@@ -150,11 +150,11 @@ def _check_ranks(config: Config, experts: int, world_size: int) -> None:
             f"{experts} experts don't divide by {ep} ranks",
             f"use --expert-model-parallel-size {choices(divisors(experts))}",
         )
-    stage = tp * config.data_parallel_size(world_size)
+    stage = tp * config.sharding_size(world_size)
     if stage % ep:
         raise ConfigError(
             told(config, "expert_model_parallel_size"),
-            f"a pipeline stage has {stage} ranks (tensor x data), no multiple of it",
+            f"a pipeline stage has {stage} ranks (tensor x context x data), no multiple of it",
             f"use --expert-model-parallel-size {choices([d for d in divisors(stage) if experts % d == 0])}",
         )
     instances, copies = parallel.num_distributed_optimizer_instances, stage // ep

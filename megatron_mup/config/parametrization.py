@@ -33,6 +33,10 @@ class ParametrizationConfig:
     """Query heads of the base model. Default: in proportion to the hidden sizes at the base head width."""
     mup_base_head_dim: int | None = None
     """Head width of the base model. Default: this model's own."""
+    mup_base_q_lora_rank: int | None = None
+    """Width of the base model's query latent. Default: in proportion to the hidden sizes."""
+    mup_base_kv_lora_rank: int | None = None
+    """Width of the base model's key/value latent. Default: in proportion to the hidden sizes."""
     base_num_layers: int | None = None
     """Layers of the base model (depth-mup, completep). Default: this model's own (ratio 1)."""
     depth_alpha: float = 1.0

@@ -19,15 +19,17 @@ def check_paths(config: Config) -> None:
     Raises:
         ConfigError: names the flag and the path.
     """
-    for name in ("save", "tensorboard_dir", "wandb_save_dir", "data_cache_path"):
+    for name in ("save", "non_persistent_local_ckpt_dir", "tensorboard_dir", "wandb_save_dir", "data_cache_path"):
         folder = value_of(config, name)
         if folder is not None and not (name == "data_cache_path" and config.data.mock_data):
             _probe(told(config, name), folder)
-    if config.logging.metrics_file is not None:
-        file = config.logging.metrics_file
-        if os.path.isdir(file):
-            raise ConfigError(told(config, "metrics_file"), "is a folder", "give the path of a file")
-        _probe(told(config, "metrics_file"), os.path.dirname(file) or ".")
+    for name in ("metrics_file", "html_report"):
+        file = value_of(config, name)
+        if file is None:
+            continue
+        if not file or os.path.isdir(file):
+            raise ConfigError(told(config, name), "is a folder" if file else "is empty", "give the path of a file")
+        _probe(told(config, name), os.path.dirname(file) or ".")
     _check_load(config)
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         _check_data(config, name)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from megatron_mup.config.config import Config
 from megatron_mup.config.errors import ConfigError
 from megatron_mup.config.fields import told
+from megatron_mup.config.pipeline_layout import layout_stages
+from megatron_mup.config.schedules import VIRTUAL, stages_per_rank
+
+COUNTS = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+ACCOUNTS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
 def stage_layers(config: Config) -> tuple[tuple[int, int], ...]:
@@ -17,10 +22,13 @@ def stage_layers(config: Config) -> tuple[tuple[int, int], ...]:
     Raises:
         ConfigError: counts that don't add up, or a stage without work.
     """
-    layers, stages = config.model.num_layers, config.parallel.pipeline_model_parallel_size
-    if stages == 1:
+    layers, ranks = config.model.num_layers, config.parallel.pipeline_model_parallel_size
+    if ranks == 1:
         return ((0, layers),)
-    counts = _given(config)
+    stages, written = ranks * stages_per_rank(config), layout_stages(config)
+    counts = _given(config, stages)
+    if written is not None:
+        return written
     free = [stage for stage in range(stages) if stage not in counts]
     loads = dict.fromkeys(free, 0)
     if config.parallel.account_for_embedding_in_pipeline_split:
@@ -49,19 +57,39 @@ def stage_layers(config: Config) -> tuple[tuple[int, int], ...]:
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _given(config: Config) -> dict[int, int]:
+def _given(config: Config, stages: int) -> dict[int, int]:
     """Layers of the stages whose count is given."""
     parallel, counts = config.parallel, {}
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    _check_one_way(config, stages)
     if first is not None:
         counts[0] = first
         if parallel.account_for_embedding_in_pipeline_split:
             raise _both(config, "decoder_first_pipeline_num_layers", "account_for_embedding_in_pipeline_split")
     if last is not None:
-        counts[parallel.pipeline_model_parallel_size - 1] = last
+        counts[stages - 1] = last
         if parallel.account_for_loss_in_pipeline_split:
             raise _both(config, "decoder_last_pipeline_num_layers", "account_for_loss_in_pipeline_split")
     return counts
+
+
+def _check_one_way(config: Config, stages: int) -> None:
+    """The layout says all; and it is the one way to give counts to several stages of a rank."""
+    parallel = config.parallel
+    counts = [name for name in COUNTS if getattr(parallel, name) is not None]
+    accounts = [name for name in ACCOUNTS if getattr(parallel, name)]
+    if parallel.pipeline_model_parallel_layout is not None and counts + accounts:
+        raise ConfigError(
+            told(config, "pipeline_model_parallel_layout", *counts, *accounts),
+            "the layout says what every stage holds",
+            "drop the others",
+        )
+    if counts and stages > parallel.pipeline_model_parallel_size:
+        raise ConfigError(
+            f"{told(config, *counts)} with {stages // parallel.pipeline_model_parallel_size} stages on a rank",
+            "it doesn't say which of them holds how many layers",
+            "use --pipeline-model-parallel-layout",
+        )
 
 
 def _both(config: Config, count: str, account: str) -> ConfigError:
@@ -70,9 +98,5 @@ def _both(config: Config, count: str, account: str) -> ConfigError:
 
 def _flags(config: Config) -> str:
     """The flags that decide, with the values of those that are set."""
-    names = ["pipeline_model_parallel_size"]
-    parallel = config.parallel
-    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
-        if getattr(parallel, name) is not None:
-            names.append(name)
-    return told(config, *names)
+    names = [name for name in (*COUNTS, *VIRTUAL, "pipeline_schedule") if getattr(config.parallel, name) is not None]
+    return told(config, "pipeline_model_parallel_size", *names)

@@ -6,7 +6,7 @@ import math
 
 from megatron_mup.config.config import Config
 from megatron_mup.config.errors import ConfigError
-from megatron_mup.config.fields import as_number, choices, divisors, multiples, settings, told
+from megatron_mup.config.fields import as_number, choices, divisors, multiples, settings, told, value_of
 from megatron_mup.config.pipeline import stage_layers
 from megatron_mup.config.scheme_rules import check_horizon, check_rule_of_optimizer, check_scheme
 
@@ -15,7 +15,9 @@ def check_model(config: Config) -> None:
     """Sizes of heads, MLP and positions among themselves."""
     model, seq_length = config.model, config.training.seq_length
     heads, groups = model.num_attention_heads, model.query_groups
-    if model.kv_channels is None and model.hidden_size % heads:
+    if model.multi_latent_attention:
+        _check_latent_attention(config)
+    elif model.kv_channels is None and model.hidden_size % heads:
         raise ConfigError(
             told(config, "hidden_size", "num_attention_heads"),
             f"{model.hidden_size} channels don't divide by {heads} heads",
@@ -28,6 +30,12 @@ def check_model(config: Config) -> None:
             f"use --num-query-groups {choices(divisors(heads))}",
         )
     if model.position_embedding_type == "rope" and (model.rotary_dim < 2 or model.rotary_dim % 2):
+        if model.multi_latent_attention:
+            raise ConfigError(
+                told(config, "qk_pos_emb_head_dim"),
+                "rope rotates pairs of channels",
+                f"use --qk-pos-emb-head-dim {multiples(model.qk_pos_emb_head_dim, 2)}",
+            )
         raise ConfigError(
             f"{told(config, 'rotary_percent')} with {model.head_dim} channels per head",
             f"rope rotates pairs of channels, but {model.rotary_dim} would be rotated",
@@ -43,17 +51,42 @@ def check_model(config: Config) -> None:
         raise ConfigError("--swiglu, --squared-relu", "an MLP has one activation", "drop one of them")
 
 
+def _check_latent_attention(config: Config) -> None:
+    model = config.model
+    if model.kv_lora_rank is None:
+        raise ConfigError(
+            "--multi-latent-attention",
+            "nothing says how wide the latent of keys and values is",
+            "give --kv-lora-rank, for example 512",
+        )
+    if model.query_groups != model.num_attention_heads:
+        raise ConfigError(
+            told(config, "multi_latent_attention", "num_query_groups"),
+            "each query head has a key and a value of its own out of the latent",
+            "drop --num-query-groups",
+        )
+    for name, fix in (
+        ("kv_channels", "use --qk-head-dim, --qk-pos-emb-head-dim and --v-head-dim"),
+        ("add_qkv_bias", "drop it: these projections have no biases"),
+    ):
+        if value_of(config, name):
+            raise ConfigError(told(config, "multi_latent_attention", name), "latent attention doesn't have it", fix)
+
+
 def check_layout(config: Config, world_size: int) -> None:
     """Ranks, and what is cut over them."""
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size < 1:
         raise ConfigError(f"world size {world_size}", "a run has at least one rank", "start it with torchrun")
-    if world_size % (tp * pp):
+    cp, together = parallel.context_parallel_size, parallel.model_parallel_size
+    if world_size % together:
+        names = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
         raise ConfigError(
-            told(config, "tensor_model_parallel_size", "pipeline_model_parallel_size"),
-            f"one copy of the model takes {tp} x {pp} = {tp * pp} ranks, but {world_size} is no multiple of it",
-            f"start {multiples(world_size, tp * pp)} ranks, or choose sizes with a product of "
+            told(config, *names, *(["context_parallel_size"] if cp > 1 else [])),
+            f"{' x '.join(map(str, [tp, pp] if cp == 1 else [tp, pp, cp]))} = {together} ranks work on the same "
+            f"samples, but {world_size} is no multiple of it",
+            f"start {multiples(world_size, together)} ranks, or choose sizes with a product of "
             f"{choices(divisors(world_size))}",
         )
     if model.num_attention_heads % tp:
@@ -101,7 +134,7 @@ def _check_ffn(config: Config, tp: int) -> None:
 
 
 def _check_sharding(config: Config, world_size: int) -> None:
-    parallel, dp = config.parallel, config.data_parallel_size(world_size)
+    parallel, dp = config.parallel, config.sharding_size(world_size)
     instances = parallel.num_distributed_optimizer_instances
     if instances == 1:
         return
@@ -114,7 +147,8 @@ def _check_sharding(config: Config, world_size: int) -> None:
     if dp % instances:
         raise ConfigError(
             told(config, "num_distributed_optimizer_instances"),
-            f"{dp} data-parallel ranks don't divide by {instances}",
+            f"{dp} data-parallel ranks{' (times context-parallel)' * (parallel.context_parallel_size > 1)} don't "
+            f"divide by {instances}",
             f"use {choices(divisors(dp))}",
         )
 
@@ -297,6 +331,12 @@ def check_kernels(config: Config) -> None:
             "FlashAttention takes no mask of documents",
             "use --attention-backend auto",
         )
+    if backend == "flash" and config.model.value_dim != config.model.head_dim:
+        raise ConfigError(
+            told(config, "attention_backend", "v_head_dim"),
+            f"PyTorch's FlashAttention takes one width for all heads, but queries have {config.model.head_dim}",
+            "use --attention-backend auto",
+        )
     if backend == "flash" and config.model.window_size is not None:
         raise ConfigError(
             told(config, "attention_backend", "window_size"),
@@ -397,15 +437,35 @@ def _check_tokens(config: Config) -> None:
 def check_checkpoint(config: Config) -> None:
     """What is saved and loaded."""
     checkpoint = config.checkpoint
-    for name, needs in (("save_interval", "save"), ("ckpt_step", "load"), ("finetune", "load")):
+    for name, needs in (
+        ("save_interval", "save"),
+        ("non_persistent_save_interval", "save"),
+        ("ckpt_step", "load"),
+        ("finetune", "load"),
+    ):
         if name == "finetune" and checkpoint.pretrained_checkpoint is not None:
             continue
         if getattr(checkpoint, name) not in (None, False) and getattr(checkpoint, needs) is None:
             raise ConfigError(told(config, name), f"there is no --{needs} folder", f"give --{needs} FOLDER, or drop it")
-    for name in ("save", "load", "pretrained_checkpoint"):
+    is_local = checkpoint.non_persistent_ckpt_type == "local"
+    if is_local and checkpoint.non_persistent_local_ckpt_dir is None:
+        raise ConfigError(
+            told(config, "non_persistent_ckpt_type"),
+            "nothing says where each node's own disk is",
+            "give --non-persistent-local-ckpt-dir FOLDER",
+        )
+    for name in ("save", "load", "pretrained_checkpoint", "non_persistent_local_ckpt_dir"):
         if getattr(checkpoint, name) == "":
             flag = settings()[name].flag
             raise ConfigError(f"{flag} ''", "an empty path is no folder", f"give {flag} FOLDER, or drop it")
+
+
+def check_logging(config: Config) -> None:
+    """What the report is made from."""
+    if config.logging.html_report is not None and config.logging.metrics_file is None:
+        raise ConfigError(
+            told(config, "html_report"), "the page shows what --metrics-file records", "give --metrics-file FILE too"
+        )
 
 
 def _not_by_tp(config: Config, name: str, value: int, things: str) -> ConfigError:

@@ -15,6 +15,8 @@ BASE_SIZES = (
     "mup_base_moe_ffn_hidden_size",
     "mup_base_num_attention_heads",
     "mup_base_head_dim",
+    "mup_base_q_lora_rank",
+    "mup_base_kv_lora_rank",
     "base_num_layers",
 )
 FORMED = ("mup", "depth-mup", "completep")
@@ -51,6 +53,9 @@ def check_scheme(config: Config) -> None:
     no_experts = "there is no published rule for experts", "drop it, or use --parametrization completep"
     if name in ("everett", "umup", "munit"):
         _refuse(config, [("num_experts", config.moe.num_experts is not None, *no_experts)])
+    no_latents = "it has no rule for latents and the key that heads share", "use --parametrization completep"
+    if name in ("everett", "umup", "munit"):
+        _refuse(config, [("multi_latent_attention", model.multi_latent_attention, *no_latents)])
     if name in ("umup", "munit"):
         _refuse(config, _unit_scaled(config))
     if name == "umup":

@@ -11,6 +11,7 @@ import yaml
 from megatron_mup.config.config import Config
 from megatron_mup.config.errors import ConfigError
 from megatron_mup.config.fields import nearest, sections, settings
+from megatron_mup.config.schedules import schedule_name
 from megatron_mup.config.scheme_rules import FOLLOWS_DEPTH
 
 
@@ -84,13 +85,16 @@ def resolved(config: Config, world_size: int) -> dict[str, dict[str, Any]]:
         "model": {
             "ffn_hidden_size": model.ffn_size,
             "num_query_groups": model.query_groups,
-            "kv_channels": model.head_dim,
             "embedding_init_method_std": model.init_method_std,
         },
         "moe": {"moe_ffn_hidden_size": config.expert_ffn_size} if config.moe.num_experts else {},
         "optimizer": {"decoupled_lr": optimizer.lr},
         "training": {"global_batch_size": config.global_batch_size(world_size)},
     }
+    if parallel.pipeline_model_parallel_size > 1:
+        fill["parallel"] = {"pipeline_schedule": schedule_name(config)}
+    if not model.multi_latent_attention:
+        fill["model"]["kv_channels"] = model.head_dim
     if model.position_embedding_type == "learned_absolute":
         fill["model"]["max_position_embeddings"] = config.training.seq_length
     if model.untie_embeddings_and_output_weights:
@@ -128,6 +132,10 @@ def _base_sizes(config: Config) -> dict[str, int | None]:
         ),
         "mup_base_head_dim": head,
     }
+    if model.multi_latent_attention:
+        for name in ("q_lora_rank", "kv_lora_rank"):
+            rank = getattr(model, name)
+            sizes[f"mup_base_{name}"] = None if rank is None else _whole(rank * hidden, model.hidden_size)
     if config.moe.num_experts:
         sizes["mup_base_moe_ffn_hidden_size"] = _whole(config.expert_ffn_size * hidden, model.hidden_size)
     if rules.parametrization in FOLLOWS_DEPTH:

@@ -48,6 +48,11 @@ class TrainingConfig:
     """Attention kernel: PyTorch's choice; FlashAttention; cuDNN; the plain formula."""
     cross_entropy_z_loss: float = 0.0
     """Coefficient of the z-loss, mean over tokens of log(sum exp(logits))^2."""
+    cross_entropy_fusion_impl: Literal["native", "linear"] = "native"
+    """Loss from the logits of a micro-batch; or output layer and loss in one, over chunks of tokens, so that all logits
+    are never held."""
+    loss_chunk_size: int = 2048
+    """Tokens per chunk of --cross-entropy-fusion-impl linear."""
     eval_interval: int | None = None
     """Iterations between evaluations on the validation split."""
     eval_iters: int = 100

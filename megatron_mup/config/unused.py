@@ -42,6 +42,11 @@ def _model(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield ["window_size"], wide, "the window is as long as the sequence"
     table = "only --position-embedding-type learned_absolute has a position table"
     yield ["max_position_embeddings"], kind != "learned_absolute", table
+    latent = ["q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"]
+    names = [*latent, "mup_base_q_lora_rank", "mup_base_kv_lora_rank"]
+    yield names, not model.multi_latent_attention, "there is no --multi-latent-attention"
+    yield ["rotary_percent"], model.multi_latent_attention, "--qk-pos-emb-head-dim says what is rotated"
+    yield ["mup_base_q_lora_rank"], model.q_lora_rank is None, "queries have no latent"
     yield ["add_qkv_bias"], model.add_qkv_bias and model.linear_bias, "all linear layers have biases"
     tied = not model.untie_embeddings_and_output_weights
     yield ["output_layer_init_method_std"], tied, "the output layer is tied to the embedding"
@@ -115,16 +120,20 @@ def _layout(config: Config, world_size: int) -> Iterable[tuple[list[str], bool, 
     parallel = config.parallel
     alone = parallel.tensor_model_parallel_size == 1
     yield ["sequence_parallel"], parallel.sequence_parallel and alone, "the tensor-parallel size is 1"
-    cut = ["decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", *_names("account_for_")]
+    yield ["cp_comm_type"], parallel.context_parallel_size == 1, "the context-parallel size is 1"
+    cut = [*_names("account_for_", "pipeline_schedule", "pipeline_model_parallel_layout", "num_virtual_stages_")]
+    cut += [*_names("decoder_first_", "decoder_last_"), "num_layers_per_virtual_pipeline_stage"]
     yield cut, parallel.pipeline_model_parallel_size == 1, "the pipeline has one stage"
     whole = "nothing is sharded over data-parallel ranks"
     yield ["num_distributed_optimizer_instances"], parallel.sharding == "no_shard", whole
-    one = config.data_parallel_size(world_size) == 1
+    one = config.sharding_size(world_size) == 1
     lone = "there is one data-parallel rank"
     yield ["grad_reduce_in_bf16"], one and parallel.grad_reduce_in_bf16, lone
     strategy = ["data_parallel_sharding_strategy", "use_torch_fsdp2", "use_distributed_optimizer"]
     yield strategy, one and parallel.sharding != "no_shard", lone
     yield ["use_distributed_optimizer"], parallel.use_distributed_optimizer and parallel.use_torch_fsdp2, "FSDP2 has it"
+    native = parallel.distributed_engine == "native"
+    yield ["zero_stage", "optimizer_cpu_offload"], native, "the engine is native, not deepspeed"
 
 
 def _run(config: Config) -> Iterable[tuple[list[str], bool, str]]:
@@ -132,6 +141,12 @@ def _run(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield ["main_params_dtype"], not training.bf16, "without --bf16 everything is fp32"
     chunks = ["recompute_method", "recompute_num_layers"]
     yield chunks, training.recompute != "full", f"recomputation is {training.recompute}, not full"
+    whole = "--cross-entropy-fusion-impl is native"
+    yield ["loss_chunk_size"], training.cross_entropy_fusion_impl == "native", whole
+    no_fp8 = ["fp8_recipe", "fp8_critical_bf16", "fp8_fallback", "first_last_layers_bf16"]
+    yield no_fp8, config.fp8.fp8_format is None, "there is no --fp8-format"
+    ends = ["num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"]
+    yield ends, not config.fp8.first_last_layers_bf16, "there is no --first-last-layers-bf16"
     yield ["eval_iters"], training.eval_interval is None, "without --eval-interval there is no evaluation"
     idle_valid = training.eval_interval is None and bool(data.valid_data_path)
     yield ["valid_data_path"], idle_valid, "without --eval-interval there is no evaluation"
@@ -139,6 +154,11 @@ def _run(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield ["data_cache_path"], data.mock_data, "synthetic data has no cache"
     no_save, no_load = checkpoint.save is None, checkpoint.load is None
     yield ["keep_last", "save_retain_interval", "async_save", "no_save_optim"], no_save, "there is no --save folder"
+    non_persistent = ["non_persistent_ckpt_type", "non_persistent_local_ckpt_dir"]
+    never = checkpoint.non_persistent_save_interval is None
+    yield non_persistent, never, "without --non-persistent-save-interval nothing is saved or loaded there"
+    is_global = checkpoint.non_persistent_ckpt_type == "global"
+    yield non_persistent[1:], is_global, "--non-persistent-ckpt-type global saves beside --save"
     loads = ["exit_on_missing_checkpoint", "override_opt_param_scheduler", *_names("no_load_")]
     yield loads, no_load, "there is no --load folder"
     fresh = "--finetune loads weights only"

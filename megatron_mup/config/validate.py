@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from megatron_mup.config import rules
 from megatron_mup.config.bounds import check_bounds
 from megatron_mup.config.config import Config
+from megatron_mup.config.context_rules import check_context
+from megatron_mup.config.engine_rules import check_engine
+from megatron_mup.config.fp8_rules import check_fp8
 from megatron_mup.config.moe_rules import check_moe
+from megatron_mup.config.pipeline_rules import check_pipeline
 from megatron_mup.config.unused import unused
 
 
@@ -32,10 +36,15 @@ def validate(config: Config, world_size: int, explicit: Iterable[str] = ()) -> l
     rules.check_parametrization(config)
     rules.check_optimizer(config)
     rules.check_layout(config, world_size)
+    check_context(config)
     check_moe(config, world_size)
+    check_engine(config)
     rules.check_batch(config, world_size)
+    check_pipeline(config, world_size)
     rules.check_schedule(config)
     rules.check_kernels(config)
+    check_fp8(config)
     rules.check_data(config)
     rules.check_checkpoint(config)
+    rules.check_logging(config)
     return unused(config, world_size, given)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_mup.config.errors import ConfigError
 from megatron_mup.data.index_cache import Arrays, load_or_build
 from megatron_mup.data.indexed_dataset import IndexedDataset
+from megatron_mup.progress import track
 
 IGNORE_INDEX = -100
 """Label of a position without loss."""
@@ -133,7 +134,7 @@ def build_sample_index(
     wide = max(len(document_index), longest) > np.iinfo(np.int32).max
     rows = np.zeros((num_samples + 1, 2), dtype=np.int64 if wide else np.int32)
     done = 0  # tokens before this block
-    for start in range(0, len(document_index), _BLOCK):
+    for start in track(range(0, len(document_index), _BLOCK), "index of samples"):
         sizes = lengths[document_index[start : start + _BLOCK]]
         ends = np.cumsum(sizes, dtype=np.int64)
         ends += done

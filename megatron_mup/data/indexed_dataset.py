@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mup.config.errors import ConfigError
+from megatron_mup.progress import track
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -164,7 +165,7 @@ class IndexedDatasetWriter:
             raise ConfigError(
                 f"{other.prefix}", f"stores {other.dtype}, {self.prefix} stores {self.dtype}", "merge sets of one dtype"
             )
-        for start in range(0, other.num_documents, _CHUNK):
+        for start in track(range(0, other.num_documents, _CHUNK), f"copying {other.prefix}"):
             bounds = other.document_indices[start : start + _CHUNK + 1]
             counts = np.diff(bounds)
             lengths = other.sequence_lengths[bounds[0] : bounds[-1]]

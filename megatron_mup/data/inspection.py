@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from megatron_mup.config.errors import ConfigError
 from megatron_mup.data.indexed_dataset import IndexedDataset
+from megatron_mup.progress import bar
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -89,19 +90,21 @@ def verify(dataset: IndexedDataset, vocab_size: int | None = None, eod: int | No
         ConfigError: a negative id, or one outside the vocabulary; its document is named.
     """
     lowest, highest, eods = 0, 0, 0
-    for start, tokens in dataset.pieces():
-        low, high = int(tokens.min()), int(tokens.max())
-        bad = low if low < 0 else high
-        if low < 0 or (vocab_size is not None and high >= vocab_size):
-            position = start + int(np.argmax(tokens == bad))
-            raise ConfigError(
-                f"data {dataset.prefix}",
-                f"document {_document_at(dataset, position)} holds token id {bad}"
-                + (f", the vocabulary has {vocab_size} ids" if vocab_size is not None else ""),
-                "tokenize it again with the tokenizer of the run",
-            )
-        lowest, highest = min(lowest, low) if start else low, max(highest, high)
-        eods += int(np.sum(tokens == eod)) if eod is not None else 0
+    with bar(f"reading {dataset.prefix}", dataset.bin_bytes) as advance:
+        for start, tokens in dataset.pieces():
+            low, high = int(tokens.min()), int(tokens.max())
+            bad = low if low < 0 else high
+            if low < 0 or (vocab_size is not None and high >= vocab_size):
+                position = start + int(np.argmax(tokens == bad))
+                raise ConfigError(
+                    f"data {dataset.prefix}",
+                    f"document {_document_at(dataset, position)} holds token id {bad}"
+                    + (f", the vocabulary has {vocab_size} ids" if vocab_size is not None else ""),
+                    "tokenize it again with the tokenizer of the run",
+                )
+            lowest, highest = min(lowest, low) if start else low, max(highest, high)
+            eods += int(np.sum(tokens == eod)) if eod is not None else 0
+            advance(tokens.nbytes)
     unused = dataset.bin_bytes - dataset.num_tokens * dataset.dtype.itemsize
     return Verification(lowest, highest, eods if eod is not None else None, unused)
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_mup.layers.loss import IGNORE
 from megatron_mup.models.gpt import GPT
+from megatron_mup.progress import track
 
 
 @torch.inference_mode()
@@ -29,7 +30,8 @@ def total_loss(model: GPT, tokens: NDArray[np.integer], batch_size: int = 8) -> 
     padded[: len(tokens)] = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
     labels, inputs = padded[1:].view(-1, length), padded[:-1].clamp(min=0).view(-1, length)
     total = 0.0
-    for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
+    batches = list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
+    for x, y in track(batches, "evaluating"):
         total += float(model(x.to(device), labels=y.to(device))[0, 1])
     return total
 

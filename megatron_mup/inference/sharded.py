@@ -15,7 +15,7 @@ from megatron_mup.config import Config, ParallelConfig
 from megatron_mup.config.rules import check_layout
 from megatron_mup.inference.sample import Logits
 from megatron_mup.layers.cache import KeyValueCache
-from megatron_mup.models.build import build_model
+from megatron_mup.models.build import build_stage
 from megatron_mup.models.gpt import GPT
 from megatron_mup.parallel.data_parallel import compute_dtype
 from megatron_mup.parallel.layout import Layout, gather_chunks
@@ -35,7 +35,7 @@ def load_sharded(
     config = replace(saved.config, parallel=parallel, training=replace(saved.config.training, torch_compile=False))
     check_layout(config, tensor * stages)
     mesh = Mesh.build(config, device)
-    model = build_model(config, saved.vocab_size, mesh).eval().requires_grad_(False)
+    model = build_stage(config, saved.vocab_size, mesh, mesh.rank("pp")).eval().requires_grad_(False)
     pieces = []
     for name, param in model.named_parameters():
         meta, layout = model.metas[name], Layout.of(model.metas[name], mesh)

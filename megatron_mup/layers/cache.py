@@ -40,10 +40,10 @@ class KeyValueCache:
         return (allowed | (keys == queries))[:, None]
 
     def extend(self, layer: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes a layer's new keys and values ``[batch, groups, seq, head_dim]``; returns all that it has."""
+        """Takes a layer's new keys and values ``[batch, groups, seq, width of each]``; returns all that it has."""
         if layer not in self._stored:
-            shape = (*key.shape[:2], self.length, key.shape[3])
-            self._stored[layer] = key.new_empty(shape), value.new_empty(shape)
+            whole = [t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in (key, value)]
+            self._stored[layer] = whole[0], whole[1]
         end = self.filled + key.shape[2]
         keys, values = self._stored[layer]
         keys[:, :, self.filled : end], values[:, :, self.filled : end] = key, value

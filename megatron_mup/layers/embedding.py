@@ -97,11 +97,20 @@ class OutputLayer(nn.Module):
             x: normed hidden states.
             shared: weight of a tied embedding on this stage.
         """
+        return F.linear(*self.operands(x, shared))[..., : self.rows(shared)]
+
+    def rows(self, shared: torch.Tensor | None) -> int:
+        """Rows of the vocabulary on this rank."""
         weight = self.weight if shared is None else shared
         assert weight is not None
-        rows = weight.shape[0]
-        padding = -rows % self.multiple
+        return weight.shape[0]
+
+    def operands(self, x: torch.Tensor, shared: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the GEMM multiplies: ``[seq, batch, hidden]`` and the weight, padded to its `multiple`."""
+        weight = self.weight if shared is None else shared
+        assert weight is not None
+        padding = -weight.shape[0] % self.multiple
         if padding:
             weight = F.pad(weight, (0, 0, 0, padding))
         x = scale(x, backward=self.scales.backward)
-        return F.linear(enter_tensor_parallel(x, self.axis, self.sequence_parallel), weight)[..., :rows]
+        return enter_tensor_parallel(x, self.axis, self.sequence_parallel), weight

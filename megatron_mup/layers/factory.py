@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_mup.config import Config
-from megatron_mup.layers.attention import SelfAttention, qkv_blocks
+from megatron_mup.kernels.fp8 import E4M3, E5M2
+from megatron_mup.layers.attention import Attention, SelfAttention, qkv_blocks
 from megatron_mup.layers.embedding import OutputLayer, PositionEmbedding, VocabParallelEmbedding
+from megatron_mup.layers.fp8 import StaticColumnLinear, StaticFP8, StaticRowLinear
+from megatron_mup.layers.latent import latent_attention
 from megatron_mup.layers.linear import ColumnLinear, RowLinear
 from megatron_mup.layers.mlp import GLU_BLOCKS, MLP, gelu, squared_relu, swiglu
 from megatron_mup.layers.moe import Experts, GroupedLinear, MoE, expert_blocks, halved_swiglu
 from megatron_mup.layers.norm import LayerNorm, RMSNorm
 from megatron_mup.layers.router import Router
-from megatron_mup.parallel.mesh import ONE_EXPERT_RANK, ExpertAxis, TensorAxis
+from megatron_mup.parallel.mesh import ONE_CONTEXT_RANK, ONE_EXPERT_RANK, ContextAxis, ExpertAxis, TensorAxis
 from megatron_mup.parametrization.base import BaseSizes
 from megatron_mup.parametrization.meta import ParamMeta, Role
 from megatron_mup.parametrization.operations import (
@@ -24,6 +28,7 @@ from megatron_mup.parametrization.operations import (
     activation_mult,
     activation_scale,
     attention_scale,
+    fp8_gradient_scale,
     gain_scale,
     matrix_scales,
 )
@@ -44,6 +49,7 @@ class LayerFactory:
         axis: tensor-parallel axis.
         dtype: precision of the parameters.
         expert_axis: expert-parallel axis.
+        context_axis: context-parallel axis.
 
     Attributes:
         metas: full parameter name to `ParamMeta`, in order of birth.
@@ -56,8 +62,9 @@ class LayerFactory:
         axis: TensorAxis,
         dtype: torch.dtype,
         expert_axis: ExpertAxis = ONE_EXPERT_RANK,
+        context_axis: ContextAxis = ONE_CONTEXT_RANK,
     ) -> None:
-        self.expert_axis = expert_axis
+        self.expert_axis, self.context_axis = expert_axis, context_axis
         self.config, self.vocab_size, self.axis, self.dtype = config, vocab_size, axis, dtype
         self.base = BaseSizes.of(config)
         self.multipliers = forward_multipliers(config)
@@ -108,11 +115,20 @@ class LayerFactory:
             )
         )
 
-    def norm(self, name: str, layer: int | None, role: Role = Role.NORM, sharing: int = 1) -> nn.Module:
-        """A norm over the residual stream, or over one head (`Role.QK_NORM`); ``sharing`` heads have the same."""
+    def norm(
+        self,
+        name: str,
+        layer: int | None,
+        role: Role = Role.NORM,
+        sharing: int = 1,
+        size: tuple[int, float] | None = None,
+    ) -> nn.Module:
+        """A norm over the residual stream, or over one head (`Role.QK_NORM`), which ``sharing`` heads have in common;
+        or of another ``size``: its length and the same at base size."""
         model = self.config.model
         head = role is Role.QK_NORM
         length, base = (model.head_dim, self.base.head_dim) if head else (model.hidden_size, self.base.hidden)
+        length, base = (length, base) if size is None else size
         partial = head or self.sequence_parallel
 
         def make(part: str) -> nn.Parameter | None:
@@ -126,9 +142,11 @@ class LayerFactory:
             return RMSNorm(length, make("weight"), model.norm_epsilon, gradient)
         return LayerNorm(length, make("weight"), make("bias"), model.norm_epsilon, gradient)
 
-    def attention(self, name: str, layer: int) -> SelfAttention:
+    def attention(self, name: str, layer: int) -> Attention:
         """The attention branch of a layer."""
         model, base = self.config.model, self.base
+        if model.multi_latent_attention:
+            return latent_attention(self, name, layer)
         heads, groups, head_dim = model.num_attention_heads, model.query_groups, model.head_dim
         per_group, base_per_group = heads // groups, base.heads / base.query_groups
         rows, base_rows = (heads + 2 * groups) * head_dim, (base_per_group + 2) * base.query_groups * base.head_dim
@@ -153,7 +171,7 @@ class LayerFactory:
             qkv_bias = self.vector(
                 f"{name}.linear_qkv.bias", Role.BIAS, rows, base_rows, sharded=True, partial=False, layer=layer
             )
-        column = ColumnLinear(qkv, qkv_bias, self.axis, self.sequence_parallel, self.scales(qkv_name))
+        column = self.column_linear(qkv_name, qkv, qkv_bias)
         row = self.row_linear(
             f"{name}.linear_proj", Role.ATTENTION_OUTPUT, heads * head_dim, base.heads * base.head_dim, layer
         )
@@ -161,21 +179,21 @@ class LayerFactory:
         if model.qk_layernorm:
             q_norm = self.norm(f"{name}.q_layernorm", layer, Role.QK_NORM, heads)
             k_norm = self.norm(f"{name}.k_layernorm", layer, Role.QK_NORM, groups)
-        local_heads = heads // self.axis.size
-        return SelfAttention(
-            column,
-            row,
-            q_norm,
-            k_norm,
-            heads=local_heads,
-            first_head=self.axis.rank * local_heads,
-            groups=groups // self.axis.size,
-            head_dim=head_dim,
-            scale=self.multipliers.attention_logits,
-            output_scale=attention_scale(self.config),
-            backend=self.config.training.attention_backend,
-            dropout=model.attention_dropout,
-        )
+        return SelfAttention(column, row, q_norm, k_norm, head_dim=head_dim, **self.attention_core())
+
+    def attention_core(self) -> dict[str, Any]:
+        """What every kind of attention takes, see `Attention`."""
+        model = self.config.model
+        heads = model.num_attention_heads // self.axis.size
+        return {
+            "heads": heads,
+            "first_head": self.axis.rank * heads,
+            "groups": model.query_groups // self.axis.size,
+            "scale": self.multipliers.attention_logits,
+            "output_scale": attention_scale(self.config),
+            "backend": self.config.training.attention_backend,
+            "dropout": model.attention_dropout,
+        }
 
     def row_linear(self, name: str, role: Role, fan_in: int, base_fan_in: float, layer: int) -> RowLinear:
         """Last linear layer of a branch, ``fan_in -> hidden``."""
@@ -205,7 +223,25 @@ class LayerFactory:
                 partial=self.sequence_parallel,
                 layer=layer,
             )
-        return RowLinear(weight, bias, self.axis, self.sequence_parallel, self.scales(f"{name}.weight"))
+        scales, static = self.scales(f"{name}.weight"), self.static_fp8(f"{name}.weight")
+        if static is not None:
+            return StaticRowLinear(weight, self.axis, self.sequence_parallel, scales, static)
+        return RowLinear(weight, bias, self.axis, self.sequence_parallel, scales)
+
+    def column_linear(self, name: str, weight: nn.Parameter, bias: nn.Parameter | None) -> ColumnLinear:
+        """A column-parallel layer around parameters made here; ``name`` is the weight's."""
+        scales, static = self.scales(name), self.static_fp8(name)
+        if static is not None:
+            return StaticColumnLinear(weight, self.axis, self.sequence_parallel, scales, static)
+        return ColumnLinear(weight, bias, self.axis, self.sequence_parallel, scales)
+
+    def static_fp8(self, name: str) -> StaticFP8 | None:
+        """How a matrix made here is multiplied in FP8; None: it isn't."""
+        fp8, meta = self.config.fp8, self.metas[name]
+        critical = meta.role in (Role.ATTENTION_OUTPUT, Role.MLP_OUT)
+        if meta.layer not in fp8.layers(self.config.model.num_layers) or (critical and fp8.fp8_critical_bf16):
+            return None
+        return StaticFP8(E5M2 if fp8.fp8_format == "hybrid" else E4M3, fp8_gradient_scale(self.config))
 
     def mlp(self, name: str, layer: int, width: int | None = None, base_width: float | None = None) -> MLP:
         """The MLP branch of a layer, as wide as the configuration says or ``width``."""
@@ -237,7 +273,7 @@ class LayerFactory:
         if (mult := activation_mult(self.config)) != 1:
             activation = partial(swiglu if model.swiglu else gelu, mult=mult)
         return MLP(
-            ColumnLinear(weight, bias, self.axis, self.sequence_parallel, self.scales(f"{name}.linear_fc1.weight")),
+            self.column_linear(f"{name}.linear_fc1.weight", weight, bias),
             self.row_linear(f"{name}.linear_fc2", Role.MLP_OUT, width, base_width, layer),
             activation,
             activation_scale(self.config),
@@ -274,7 +310,10 @@ class LayerFactory:
         shared = None
         if (width := moe.moe_shared_expert_intermediate_size) is not None:
             shared = self.mlp(f"{name}.shared_experts", layer, width, width * self.base.shrink)
-        return MoE(Router(router, moe, self.axis, self.sequence_parallel), experts, shared, self.expert_axis)
+        sharing: list[TensorAxis | ContextAxis] = [self.context_axis]
+        if self.sequence_parallel:
+            sharing.append(self.axis)
+        return MoE(Router(router, moe, sharing), experts, shared, self.expert_axis)
 
     def expert_linear(
         self, name: str, role: Role, shape: tuple[int, int], base_shape: tuple[float, float], layer: int

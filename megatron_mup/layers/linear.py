@@ -12,7 +12,7 @@ from megatron_mup.parallel.mesh import TensorAxis
 from megatron_mup.parametrization.operations import PLAIN, Scales
 
 
-class _ParallelLinear(nn.Module):
+class ParallelLinear(nn.Module):
     """What both directions hold."""
 
     def __init__(
@@ -28,7 +28,7 @@ class _ParallelLinear(nn.Module):
         self.axis, self.sequence_parallel, self.scales = axis, sequence_parallel, scales
 
 
-class ColumnLinear(_ParallelLinear):
+class ColumnLinear(ParallelLinear):
     """Linear layer whose output features are sharded over tensor ranks.
 
     Args:
@@ -46,7 +46,7 @@ class ColumnLinear(_ParallelLinear):
         return scale(y, self.scales.forward, self.scales.weight)
 
 
-class RowLinear(_ParallelLinear):
+class RowLinear(ParallelLinear):
     """Linear layer whose input features are sharded over tensor ranks.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,45 @@ from megatron_mup.parallel.mesh import TensorAxis
 IGNORE = -100
 
 
+class Softmax(NamedTuple):
+    """What the loss of tokens needs of their logits, on a rank that holds part of the vocabulary.
+
+    Attributes:
+        loss: negative log-likelihood, fp32, 0 where ignored.
+        normalizer: logarithm of the softmax denominator, fp32.
+        label: place of the label among this rank's logits, 0 where it is elsewhere.
+        here: whether it is here.
+        valid: whether the token has a label.
+    """
+
+    loss: torch.Tensor
+    normalizer: torch.Tensor
+    label: torch.Tensor
+    here: torch.Tensor
+    valid: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor, labels: torch.Tensor, first_row: int, axis: TensorAxis) -> Softmax:
+        """From fp32 logits ``[..., part of the vocabulary]`` and labels ``[...]``."""
+        peak = all_reduce(values.amax(-1), "max", axis)
+        normalizer = all_reduce((values - peak[..., None]).exp_().sum(-1), "sum", axis).log() + peak
+        valid = labels != IGNORE
+        label = labels - first_row
+        here = valid & (label >= 0) & (label < values.shape[-1])
+        label = torch.where(here, label, 0)
+        target = values.gather(-1, label[..., None]).squeeze(-1)
+        target = all_reduce(torch.where(here, target, 0.0), "sum", axis)
+        return cls(torch.where(valid, normalizer - target, 0.0), normalizer, label, here, valid)
+
+    def gradient(
+        self, values: torch.Tensor, of_loss: torch.Tensor | float, of_normalizer: torch.Tensor | float
+    ) -> torch.Tensor:
+        """Gradient of the logits ``values``, given those of loss and normalizer."""
+        weight = torch.where(self.valid, of_loss + of_normalizer, 0.0)
+        grad = (values - self.normalizer[..., None]).exp_() * weight[..., None]
+        return grad.scatter_add_(-1, self.label[..., None], torch.where(self.here, -of_loss, 0.0)[..., None])
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Saves the logits as they came and recomputes the softmax in backward: no fp32 copy outlives the forward."""
 
@@ -19,26 +58,16 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first_row: int, axis: TensorAxis
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        values = logits.float()
-        peak = all_reduce(values.amax(-1), "max", axis)
-        normalizer = all_reduce((values - peak[..., None]).exp_().sum(-1), "sum", axis).log() + peak
-        valid = labels != IGNORE
-        local = labels - first_row
-        here = valid & (local >= 0) & (local < logits.shape[-1])
-        local = torch.where(here, local, 0)
-        target = values.gather(-1, local[..., None]).squeeze(-1)
-        target = all_reduce(torch.where(here, target, 0.0), "sum", axis)
-        ctx.save_for_backward(logits, normalizer, local, here, valid)
-        return torch.where(valid, normalizer - target, 0.0), torch.where(valid, normalizer, 0.0)
+        found = Softmax.of(logits.float(), labels, first_row, axis)
+        ctx.save_for_backward(logits, *found[1:])
+        return found.loss, torch.where(found.valid, found.normalizer, 0.0)
 
     @staticmethod
     def backward(
         ctx: Any, grad_loss: torch.Tensor, grad_normalizer: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
-        logits, normalizer, local, here, valid = ctx.saved_tensors
-        weight = torch.where(valid, grad_loss + grad_normalizer, 0.0)
-        grad = (logits.float() - normalizer[..., None]).exp_() * weight[..., None]
-        grad.scatter_add_(-1, local[..., None], torch.where(here, -grad_loss, 0.0)[..., None])
+        logits, *found = ctx.saved_tensors
+        grad = Softmax(grad_loss, *found).gradient(logits.float(), grad_loss, grad_normalizer)
         return grad.to(logits.dtype), None, None, None
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_mup.kernels.grouped import grouped_linear
 from megatron_mup.layers.dispatch import dispatch
+from megatron_mup.layers.dropout import Noise
 from megatron_mup.layers.router import Router
 from megatron_mup.parallel.mesh import ExpertAxis
 from megatron_mup.parametrization.meta import Block
@@ -80,15 +81,15 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared_experts, self.axis = router, experts, shared_experts, axis
         self.pad = router.moe.moe_pad_expert_input_to_capacity
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[seq (/ tp), batch, hidden]`` to the same shape."""
-        y = self.routed(x)
+    def forward(self, x: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
+        """``[seq (/ tp), batch, hidden]`` to the same shape. ``noise``: of the router's jitter, in training."""
+        y = self.routed(x, noise)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
     # Sizes that depend on data and the tally in backward are not for a compiler; shared experts are.
     @torch.compiler.disable
-    def routed(self, x: torch.Tensor) -> torch.Tensor:
+    def routed(self, x: torch.Tensor, noise: Noise | None) -> torch.Tensor:
         """The routed experts' part of the output."""
-        routing = self.router(x)
+        routing = self.router(x, noise)
         y = dispatch(x.flatten(0, 1), routing, self.experts, self.router.experts, self.axis, self.pad)
         return y.view_as(x)

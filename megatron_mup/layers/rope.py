@@ -11,21 +11,19 @@ ORIGINAL_CONTEXT, LOW_FREQUENCY_FACTOR, HIGH_FREQUENCY_FACTOR = 8192, 1.0, 4.0
 
 
 def rotary_angles(
-    positions: torch.Tensor, head_dim: int, percent: float, base: float, stretch: float | None = None
+    positions: torch.Tensor, width: int, base: float, stretch: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of each position's angles.
 
     Args:
         positions: ``[seq, batch or 1]`` integers.
-        head_dim: width of a head.
-        percent: share of it that rotates.
-        base: base of the frequencies ``base^(-2i / rotated width)``.
+        width: channels of a head that rotate.
+        base: base of the frequencies ``base^(-2i / width)``.
         stretch: factor of `stretched`, or None.
 
     Returns:
-        Two fp32 tensors ``[seq, batch or 1, rotated width]``.
+        Two fp32 tensors ``[seq, batch or 1, width]``.
     """
-    width = int(head_dim * percent)
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
     frequencies = base**-exponent
     if stretch is not None:

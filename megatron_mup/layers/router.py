@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_mup.config import MoEConfig
+from megatron_mup.layers.dropout import Noise, jitter
 from megatron_mup.parallel.collectives import all_reduce
-from megatron_mup.parallel.mesh import TensorAxis
+from megatron_mup.parallel.mesh import ContextAxis, TensorAxis
 
 TINY = 1e-20
 
@@ -26,12 +28,15 @@ class Routing:
         experts: ``[tokens, topk]`` int64.
         kept: ``[tokens, topk]``, whether the expert has room for the token; None where nothing is ever dropped.
         capacity: rows that an expert takes from this rank; None without a limit.
+        logits: ``[tokens, experts]`` fp32, what the choice is made from, for those who watch; None where there is no
+            router.
     """
 
     gates: torch.Tensor
     experts: torch.Tensor
     kept: torch.Tensor | None
     capacity: int | None
+    logits: torch.Tensor | None = None
 
 
 class Router(nn.Module):
@@ -46,8 +51,7 @@ class Router(nn.Module):
     Args:
         weight: ``[experts, hidden]``.
         moe: the router's settings.
-        axis: tensor-parallel axis.
-        sequence_parallel: whether the tokens are a sequence shard.
+        sharing: axes whose ranks share each sequence.
 
     Attributes:
         share: one over the number of micro-batches in the global batch; the step sets it.
@@ -60,10 +64,10 @@ class Router(nn.Module):
     load: torch.Tensor
     tally: torch.Tensor
 
-    def __init__(self, weight: nn.Parameter, moe: MoEConfig, axis: TensorAxis, sequence_parallel: bool) -> None:
+    def __init__(self, weight: nn.Parameter, moe: MoEConfig, sharing: Sequence[TensorAxis | ContextAxis] = ()) -> None:
         super().__init__()
         assert moe.num_experts is not None
-        self.weight, self.moe, self.axis, self.sequence_parallel = weight, moe, axis, sequence_parallel
+        self.weight, self.moe, self.sharing = weight, moe, tuple(sharing)
         self.experts, self.topk = moe.num_experts, moe.moe_router_topk
         self.share = 1.0
         self.register_buffer("expert_bias", torch.zeros(self.experts, dtype=torch.float32))
@@ -76,10 +80,16 @@ class Router(nn.Module):
         self.load.fill_(1 / self.experts)
         self.tally.zero_()
 
-    def forward(self, x: torch.Tensor) -> Routing:
-        """``[seq (/ tp), batch, hidden]`` to the routing of ``seq (/ tp) * batch`` tokens, sequence position first."""
+    def forward(self, x: torch.Tensor, noise: Noise | None = None) -> Routing:
+        """``[seq here, batch, hidden]`` to the routing of ``seq here * batch`` tokens, sequence position first.
+
+        ``noise`` names the random numbers of ``--moe-input-jitter-eps``; None, as in evaluation, takes ``x`` as it is.
+        """
         seq, batch, hidden = x.shape
-        logits = F.linear(x.reshape(seq * batch, hidden).float(), self.weight.float())
+        rows = x.float()
+        if noise is not None and self.moe.moe_input_jitter_eps is not None:
+            rows = jitter(rows, self.moe.moe_input_jitter_eps, noise)
+        logits = F.linear(rows.reshape(seq * batch, hidden), self.weight.float())
         gates, experts = choose(logits, self.expert_bias, self.moe)
         capacity, kept = None, None
         if self.moe.moe_expert_capacity_factor is not None:
@@ -88,7 +98,7 @@ class Router(nn.Module):
             kept = within_capacity(gates, experts, self.experts, capacity, self.moe.moe_token_drop_policy)
         if torch.is_grad_enabled():
             gates = self._balanced(gates, logits.view(seq, batch, -1), experts, kept)
-        return Routing(gates, experts, kept, capacity)
+        return Routing(gates, experts, kept, capacity, logits.detach())
 
     def _balanced(
         self, gates: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor, kept: torch.Tensor | None
@@ -110,14 +120,14 @@ class Router(nn.Module):
 
     def _whole(self, seq: int) -> int:
         """Length of the whole sequence, of which this rank may hold a part."""
-        return seq * self.axis.size if self.sequence_parallel else seq
+        return seq * math.prod(axis.size for axis in self.sharing)
 
     def _loads(self, chosen: torch.Tensor, seq: int) -> torch.Tensor:
         """Share of each expert in the assignments, ``[batch or 1, experts]``, from counts ``[batch, experts]``."""
         if self.moe.moe_router_load_balancing_type in ("global_aux_loss", "none"):
             return self.load[None]
-        if self.sequence_parallel:
-            chosen = all_reduce(chosen, "sum", self.axis)
+        for axis in self.sharing:
+            chosen = all_reduce(chosen, "sum", axis)
         shares = chosen / (self.topk * self._whole(seq))
         return shares if self.moe.moe_router_load_balancing_type == "seq_aux_loss" else shares.mean(0, keepdim=True)
 
@@ -233,7 +243,7 @@ def balancing_loss(probabilities: torch.Tensor, loads: torch.Tensor, length: int
     """``experts * sum_i f_i P_i`` (Switch Transformer, arXiv 2101.03961, eq. 4), mean over sequences.
 
     Args:
-        probabilities: ``[seq (/ tp), batch, experts]``; their mean over tokens is P. A sequence shard gives its part of
+        probabilities: ``[seq here, batch, experts]``; their mean over tokens is P. A sequence shard gives its part of
             the sum.
         loads: ``[batch or 1, experts]``, f: the share of assignments that each expert gets; constants.
         length: of the whole sequence.

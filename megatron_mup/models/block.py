@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from megatron_mup.layers.dropout import hidden_dropout
+from megatron_mup.layers.dropout import Noise, hidden_dropout
 from megatron_mup.layers.factory import LayerFactory
 from megatron_mup.layers.info import TokenInfo
+from megatron_mup.layers.moe import MoE
 from megatron_mup.layers.scale import backward_by, forward_by, scale
 from megatron_mup.parametrization.operations import Residual, dropout_scale, residual
 
@@ -37,7 +38,6 @@ class TransformerLayer(nn.Module):
         self.attention_residual = residual(factory.config, number, "attention")
         self.mlp_residual = residual(factory.config, number, "mlp")
         self.dropout, self.dropout_scale = factory.config.model.hidden_dropout, dropout_scale(factory.config)
-        self.axis, self.sequence_parallel = factory.axis, factory.sequence_parallel
 
     def forward(
         self, x: torch.Tensor, info: TokenInfo, salts: torch.Tensor | None, weights: torch.Tensor | None = None
@@ -47,23 +47,31 @@ class TransformerLayer(nn.Module):
         Args:
             x: ``[seq (/ tp), batch, hidden]``; the result has the same shape.
             info: facts about the tokens.
-            salts: ``[3]`` int64 that key dropout, or None.
+            salts: ``[4]`` int64 that key dropout and jitter, or None.
             weights: ``[2, 2]``, weights of stream and branch for both branches where they differ between layers: as
                 data, they let all layers share one compiled graph. None: as numbers.
         """
         attention, mlp = self.attention_residual, self.mlp_residual
         if weights is not None:
             attention, mlp = (replace(mlp, skip=pair[0], branch=pair[1]) for pair in weights)
-        attention_salt, branch_salt, mlp_salt = (None, None, None) if salts is None else salts.unbind()
-        start = x.shape[0] * self.axis.rank if self.sequence_parallel else 0
+        attention_salt, branch_salt, mlp_salt, router_salt = (
+            (None, None, None, None) if salts is None else salts.unbind()
+        )
         branch = _apply(self.input_layernorm, _enter(x, attention))
         branch = _apply(self.post_self_attn_layernorm, self.self_attention(branch, info, attention_salt))
-        branch = hidden_dropout(branch, self.dropout, branch_salt, info.sample_index, start)
+        branch = hidden_dropout(branch, self.dropout, branch_salt, info.sample_index, info.places)
         x = self._join(x, branch, attention)
         branch = _apply(self.pre_mlp_layernorm, _enter(x, mlp))
-        branch = _apply(self.post_mlp_layernorm, self.mlp(branch))
-        branch = hidden_dropout(branch, self.dropout, mlp_salt, info.sample_index, start)
+        branch = _apply(self.post_mlp_layernorm, self._mlp(branch, info, router_salt))
+        branch = hidden_dropout(branch, self.dropout, mlp_salt, info.sample_index, info.places)
         return self._join(x, branch, mlp)
+
+    def _mlp(self, x: torch.Tensor, info: TokenInfo, salt: torch.Tensor | None) -> torch.Tensor:
+        if not isinstance(self.mlp, MoE) or salt is None:
+            return self.mlp(x)
+        assert info.sample_index is not None
+        assert info.places is not None
+        return self.mlp(x, Noise(salt, info.sample_index, info.places))
 
     def _join(self, x: torch.Tensor, branch: torch.Tensor, weights: Residual) -> torch.Tensor:
         branch = scale(branch, self.dropout_scale, self.dropout_scale)

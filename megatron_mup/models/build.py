@@ -6,30 +6,41 @@ import torch
 
 from megatron_mup.config import Config
 from megatron_mup.config.pipeline import stage_layers
+from megatron_mup.config.schedules import stages_of_rank
+from megatron_mup.models.chunks import Chunks, Model
 from megatron_mup.models.gpt import GPT, Stage
 from megatron_mup.parallel.data_parallel import parameter_dtype, shard_over_data
 from megatron_mup.parallel.mesh import Mesh
 
 
-def build_model(config: Config, vocab_size: int, mesh: Mesh) -> GPT:
-    """Makes this rank's pipeline stage. Its values are not set: `MainParams.initialise` or a checkpoint does that.
+def build_model(config: Config, vocab_size: int, mesh: Mesh) -> Model:
+    """Makes this rank's stages. Their values are not set: `MainParams.initialise` or a checkpoint does that.
 
     Args:
         config: validated configuration.
         vocab_size: number of token ids.
         mesh: the run's mesh.
     """
-    start, end = stage_layers(config)[mesh.rank("pp")]
-    stage = Stage(start, end, mesh.is_first_stage, mesh.is_last_stage)
+    numbers = stages_of_rank(config, mesh.rank("pp"))
+    parts = [build_stage(config, vocab_size, mesh, number) for number in numbers]
+    return parts[0] if len(parts) == 1 else Chunks(parts)
+
+
+def build_stage(config: Config, vocab_size: int, mesh: Mesh, number: int) -> GPT:
+    """Makes one stage of the pipeline, of which this rank holds a part: see `build_model`."""
+    stages = stage_layers(config)
+    stage = Stage(*stages[number], is_first=number == 0, is_last=number == len(stages) - 1)
     with torch.device("meta"):
-        model = GPT(config, vocab_size, stage, mesh.tp, parameter_dtype(config, mesh), mesh.ep)
+        model = GPT(config, vocab_size, stage, mesh.tp, parameter_dtype(config, mesh), mesh.ep, mesh.cp)
     layers = list(model.decoder.layers.values())
     shard_over_data(model, layers, model.experts(), config, mesh)
-    model.to_empty(device=mesh.device)
+    if config.parallel.distributed_engine == "native":  # DeepSpeed's gives memory by itself
+        model.to_empty(device=mesh.device)
     for router in model.routers().values():
         router.reset()
     if config.training.torch_compile:
         for layer in layers:
             layer.compile()
-        model.objective = torch.compile(model.head_and_loss)
+        if config.training.cross_entropy_fusion_impl == "native":  # else each chunk is compiled
+            model.objective = torch.compile(model.head_and_loss)
     return model

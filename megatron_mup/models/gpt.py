@@ -12,7 +12,8 @@ from megatron_mup.config import Config
 from megatron_mup.layers.cache import KeyValueCache
 from megatron_mup.layers.dropout import hidden_dropout
 from megatron_mup.layers.factory import LayerFactory
-from megatron_mup.layers.info import TokenInfo, document_mask, window_mask
+from megatron_mup.layers.info import Context, TokenInfo, attention_mask
+from megatron_mup.layers.linear_loss import Head, linear_cross_entropy
 from megatron_mup.layers.loss import vocab_parallel_cross_entropy
 from megatron_mup.layers.moe import MoE
 from megatron_mup.layers.rope import rotary_angles
@@ -20,7 +21,7 @@ from megatron_mup.layers.router import Router
 from megatron_mup.layers.scale import scale
 from megatron_mup.models.block import TransformerLayer
 from megatron_mup.models.recompute import run_layers
-from megatron_mup.parallel.mesh import ALONE, ONE_EXPERT_RANK, ExpertAxis, TensorAxis
+from megatron_mup.parallel.mesh import ALONE, ONE_CONTEXT_RANK, ONE_EXPERT_RANK, ContextAxis, ExpertAxis, TensorAxis
 from megatron_mup.parametrization.counter import derive_key
 from megatron_mup.parametrization.meta import ParamMeta
 from megatron_mup.parametrization.operations import dropout_scale, logits_gradient
@@ -47,7 +48,6 @@ class Embedding(nn.Module):
         self.position_embeddings = factory.position_embeddings() if learned else None
         self.multiplier, self.dropout = factory.multipliers.embedding, model.hidden_dropout
         self.dropout_scale = dropout_scale(factory.config)
-        self.axis, self.sequence_parallel = factory.axis, factory.sequence_parallel
 
     def forward(
         self,
@@ -55,15 +55,21 @@ class Embedding(nn.Module):
         positions: torch.Tensor,
         sample_index: torch.Tensor | None,
         key: torch.Tensor | None,
+        places: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Ids ``[seq, batch]`` to ``[seq (/ tp), batch, hidden]``; positions ``[seq, batch or 1]``."""
+        """Ids ``[seq, batch]`` to ``[seq (/ tp), batch, hidden]``.
+
+        Args:
+            tokens: ids.
+            positions: ``[seq, batch or 1]``.
+            sample_index, key, places: what dropout needs, see `hidden_dropout`.
+        """
         x = self.word_embeddings(tokens)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings(positions)
         if self.multiplier != 1:
             x = x * self.multiplier
-        start = x.shape[0] * self.axis.rank if self.sequence_parallel else 0
-        x = hidden_dropout(x, self.dropout, key, sample_index, start)
+        x = hidden_dropout(x, self.dropout, key, sample_index, places)
         return scale(x, self.dropout_scale, self.dropout_scale)
 
 
@@ -82,7 +88,7 @@ class Decoder(nn.Module):
             self.residuals = torch.tensor(weights, device="cpu")
 
     def forward(self, x: torch.Tensor, info: TokenInfo, salts: torch.Tensor | None) -> torch.Tensor:
-        """``[seq (/ tp), batch, hidden]`` to the same shape. ``salts``: ``[layers here, 3]``, or None."""
+        """``[seq (/ tp), batch, hidden]`` to the same shape. ``salts``: ``[layers here, 4]``, or None."""
         weights = self.residual_weights(x.device)
         calls = [
             partial(
@@ -113,9 +119,11 @@ class GPT(nn.Module):
         axis: tensor-parallel axis.
         dtype: precision of the parameters.
         expert_axis: expert-parallel axis.
+        context_axis: context-parallel axis.
 
     Attributes:
         metas: full parameter name to `ParamMeta` for every parameter here, in order of birth.
+        watched: whether someone looks at the output of modules, so that logits have to be there.
     """
 
     def __init__(
@@ -126,9 +134,11 @@ class GPT(nn.Module):
         axis: TensorAxis = ALONE,
         dtype: torch.dtype = torch.float32,
         expert_axis: ExpertAxis = ONE_EXPERT_RANK,
+        context_axis: ContextAxis = ONE_CONTEXT_RANK,
     ) -> None:
         super().__init__()
-        factory = LayerFactory(config, vocab_size, axis, dtype, expert_axis)
+        factory = LayerFactory(config, vocab_size, axis, dtype, expert_axis, context_axis)
+        self.context_axis, self.sequence_parallel = context_axis, factory.sequence_parallel
         self.config, self.stage, self.axis, self.first_row = config, stage, axis, factory.first_row
         self.vocab_size = vocab_size
         self.logits_multiplier = factory.multipliers.logits
@@ -138,6 +148,7 @@ class GPT(nn.Module):
         self.output_layer = factory.output_layer(stage.is_first) if stage.is_last else None
         self.metas: dict[str, ParamMeta] = factory.metas
         self.objective = self.head_and_loss
+        self.watched = False
 
     def forward(
         self,
@@ -152,7 +163,8 @@ class GPT(nn.Module):
         """Runs this stage on one micro-batch.
 
         Args:
-            x: token ids ``[batch, seq]`` on the first stage, hidden states ``[seq (/ tp), batch, hidden]`` on others.
+            x: token ids ``[batch, seq]`` on the first stage, hidden states ``[seq (/ cp) (/ tp), batch, hidden]`` on
+                others. Context-parallel ranks all get whole sequences of ids, labels, positions and documents.
             labels: ``[batch, seq]`` ids to predict, `loss.IGNORE` where there is no loss; read on the last stage.
             position_ids: ``[batch, seq]``; None counts from 0.
             document_ids: ``[batch, seq]``; given, attention stays inside each document.
@@ -161,8 +173,8 @@ class GPT(nn.Module):
 
         Returns:
             Hidden states; on the last stage ``[1, 2]`` fp32: the objective to differentiate and the language-model
-            loss, each summed over the tokens of the micro-batch, in nats. Without labels the last stage returns this
-            rank's logits ``[seq, batch, about vocab / tp]``, multiplier applied.
+            loss, each summed over this rank's tokens of the micro-batch, in nats. Without labels the last stage returns
+            this rank's logits ``[seq (/ cp), batch, about vocab / tp]``, multiplier applied.
         """
         model = self.config.model
         seq = x.shape[1] if self.embedding is not None else self.config.training.seq_length
@@ -170,20 +182,30 @@ class GPT(nn.Module):
         if cache is not None:
             seq = x.shape[1 if self.embedding is not None else 0]
             positions = cache.positions(seq)
+        places, context = torch.arange(seq, device=x.device), self._context(seq, document_ids, x.device)
+        if context is not None:
+            places, positions = context.here, positions[context.here]
+            x = x[:, places] if self.embedding is not None else x
+            labels = None if labels is None else labels[:, places]
+        rows = places
+        if self.sequence_parallel:
+            start, size = self.axis.local(len(places))
+            rows = places[start : start + size]
         salts = self.salts(x.device)
         if self.embedding is not None:
-            x = self.embedding(x.t(), positions, sample_index, None if salts is None else salts[-1, 0])
+            x = self.embedding(x.t(), positions, sample_index, None if salts is None else salts[-1, 0], rows)
         cos = sin = None
         if model.position_embedding_type == "rope":
             stretch = model.rope_scaling_factor if model.use_rope_scaling else None
-            cos, sin = rotary_angles(positions, model.head_dim, model.rotary_percent, model.rotary_base, stretch)
-        mask = None if document_ids is None else document_mask(document_ids)
-        if model.window_size is not None and model.window_size < seq - 1:
-            window = window_mask(seq, model.window_size, x.device)
-            mask = window if mask is None else mask & window
+            cos, sin = rotary_angles(positions, model.rotary_dim, model.rotary_base, stretch)
+        mask, window = None, self._window(seq)
         if cache is not None:
             mask = cache.mask(seq, model.window_size)
-        info = TokenInfo(cos, sin, mask, sample_index if salts is not None else None, cache)
+        elif (document_ids is not None or window is not None) and (context is None or not context.ring):
+            mask = attention_mask(places, torch.arange(seq, device=x.device), document_ids, window)
+        info = TokenInfo(cos, sin, mask, cache=cache, context=context)
+        if salts is not None:
+            info = info._replace(sample_index=sample_index, places=rows)
         x = self.decoder(x, info, None if salts is None else salts[self.stage.start : self.stage.end])
         if cache is not None:
             cache.advance(seq)
@@ -194,8 +216,21 @@ class GPT(nn.Module):
             return self.output_layer(x, shared) * self.logits_multiplier
         return self.objective(x, shared, labels)
 
+    def _window(self, seq: int) -> int | None:
+        """The window of attention, where it is shorter than the sequence."""
+        window = self.config.model.window_size
+        return window if window is not None and window < seq - 1 else None
+
+    def _context(self, seq: int, document_ids: torch.Tensor | None, device: torch.device) -> Context | None:
+        if self.context_axis.size == 1:
+            return None
+        ring = self.config.parallel.cp_comm_type == "p2p"
+        return Context(self.context_axis, ring, self.context_axis.places(seq, device), document_ids, self._window(seq))
+
     def head_and_loss(self, x: torch.Tensor, shared: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
         """Output layer and loss sums ``[1, 2]``; a method of its own so that it can be compiled."""
+        if self.config.training.cross_entropy_fusion_impl == "linear" and not self.watched:
+            return self._fused_head_and_loss(x, shared, labels)
         logits = scale(self.output_layer(x, shared), self.logits_multiplier, self.logits_gradient)
         loss, normalizer = vocab_parallel_cross_entropy(logits, labels.t(), self.first_row, self.axis)
         total = loss.sum()
@@ -204,6 +239,29 @@ class GPT(nn.Module):
             objective = total + self.config.training.cross_entropy_z_loss * normalizer.square().sum()
         # No view: FSDP2 hooks the output.
         return torch.stack([torch.stack([objective, total.detach()])])
+
+    def _fused_head_and_loss(self, x: torch.Tensor, shared: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+        """The same over chunks of tokens, without ever holding all logits."""
+        training = self.config.training
+        assert self.output_layer is not None
+        head = Head(
+            self.axis,
+            self.first_row,
+            self.output_layer.rows(shared),
+            self.logits_multiplier,
+            self.logits_gradient,
+            training.cross_entropy_z_loss,
+            training.loss_chunk_size,
+            training.torch_compile,
+        )
+        x, weight = self.output_layer.operands(x, shared)
+        sums = linear_cross_entropy(x.flatten(0, 1), weight, labels.t().flatten(), head)
+        return torch.stack([torch.stack(sums)])
+
+    @property
+    def parts(self) -> list[GPT]:
+        """The stages of this rank: this one."""
+        return [self]
 
     def routers(self) -> dict[int, Router]:
         """Routers of the layers with experts, by the number of the layer."""
@@ -227,12 +285,13 @@ class GPT(nn.Module):
         }
 
     def salts(self, device: torch.device) -> torch.Tensor | None:
-        """Keys of dropout, ``[layers + 1, 3]`` int64 by place (the last row is the embedding's); None without."""
-        model = self.config.model
-        if model.hidden_dropout == model.attention_dropout == 0 or not self.training:
+        """Keys of dropout and jitter, ``[layers + 1, 4]`` int64 by place (the last row is the embedding's); None
+        without."""
+        model, jitter = self.config.model, self.config.moe.moe_input_jitter_eps
+        if (model.hidden_dropout == model.attention_dropout == 0 and jitter is None) or not self.training:
             return None
         seed, rows = self.config.training.seed, range(model.num_layers + 1)
-        keys = [[derive_key(seed, "dropout", row, place) for place in range(3)] for row in rows]
+        keys = [[derive_key(seed, "dropout", row, place) for place in range(4)] for row in rows]
         return torch.tensor(keys, device=device)
 
 

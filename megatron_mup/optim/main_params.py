@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,6 +44,22 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def draw(params: Iterable[MainParam], config: Config) -> None:
+    """Gives shards their initial values, each drawn from its counter-based generator."""
+    for main in params:
+        main.value.copy_(
+            initial_values(
+                main.meta,
+                scaling(main.meta, config).init_std,
+                config.training.seed,
+                main.layout.offsets,
+                main.layout.local_shape,
+                main.value.device,
+                torch.float32,
+            )
+        )
+
+
 class MainParams:
     """Links a model's parameters and gradients to the optimizer's tensors.
 
@@ -51,7 +68,7 @@ class MainParams:
     values back.
 
     Args:
-        model: a pipeline stage, sharded, with memory.
+        model: this rank's pipeline stages, sharded, with memory.
         metas: full parameter name to facts, for every parameter of ``model``.
         config: the run's configuration.
         mesh: the run's mesh.
@@ -79,18 +96,7 @@ class MainParams:
 
     def initialise(self) -> None:
         """Draws every value from its counter-based generator."""
-        for main in self.params:
-            main.value.copy_(
-                initial_values(
-                    main.meta,
-                    scaling(main.meta, self.config).init_std,
-                    self.config.training.seed,
-                    main.layout.offsets,
-                    main.layout.local_shape,
-                    main.value.device,
-                    torch.float32,
-                )
-            )
+        draw(self.params, self.config)
         self.publish()
 
     def publish(self) -> None:
@@ -106,6 +112,12 @@ class MainParams:
             self._sums[name] = param.grad.to(torch.float32)
         param.grad = None
 
+    def accumulate(self) -> None:
+        """Adds gradients to the fp32 sums that were set on parameters without the notice of hooks."""
+        for main, param in self.copied:
+            if param.grad is not None:
+                self._accumulate(main.meta.name, param)
+
     def collect_grads(self) -> None:
         """Gives every `MainParam` its final gradient, summed over the axes that its facts name."""
         unsummed: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -120,6 +132,10 @@ class MainParams:
             for axis in main.meta.grad_sum_axes:
                 unsummed[axis].append(grad)
         for axis, grads in unsummed.items():
+            if axis == "embedding" and len(grads) == 2:  # a rank that holds both the first and the last stage
+                total = grads[0].float() + grads[1]
+                torch._foreach_copy_(grads, [total, total])
+                continue
             group = self.mesh.embedding_group if axis == "embedding" else self.mesh.group(axis)
             _all_reduce_together(grads, group)
 

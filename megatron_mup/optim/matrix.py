@@ -102,13 +102,17 @@ def logical_blocks(meta: ParamMeta, settings: MatrixSettings) -> tuple[Block, ..
     if end != period or rows % period:
         raise ValueError(f"the blocks of {meta.name} don't cover each of its {rows} rows once: {blocks}")
     if meta.role is Role.QKV and settings.split_heads:
-        head = meta.head_rows
-        return tuple(
-            replace(block, name=f"{block.name}.{i}", start=block.start + i * head, size=head, apart=True)
-            for block in blocks
-            for i in range(block.size // head)
-        )
+        return tuple(head for block in blocks for head in _heads(block))
     return blocks
+
+
+def _heads(block: Block) -> list[Block]:
+    """Each head of a period apart."""
+    size = block.size // block.heads
+    return [
+        replace(block, name=f"{block.name}.{i}", start=block.start + i * size, size=size, apart=True, heads=1)
+        for i in range(block.heads)
+    ]
 
 
 def block_shape(meta: ParamMeta, block: Block) -> tuple[int, int]:
@@ -358,7 +362,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
                         target = take_block(results[name], self._blocks[name][place])
                         target.copy_(result[mine].reshape(target.shape))
                     else:
-                        results[name] = result[mine].view(updates[name].shape).to(updates[name].dtype)
+                        results[name] = result[mine].reshape(updates[name].shape).to(updates[name].dtype)
                     if said is not None:
                         numbers[name][own.start : own.stop] = said[mine]
                     for kind, values in kept.items():

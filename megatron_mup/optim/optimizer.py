@@ -29,7 +29,7 @@ def _is_scalar(name: str, _meta: ParamMeta, numbers: Scaling) -> bool:
 
 
 def _is_matrix(name: str, meta: ParamMeta, numbers: Scaling) -> bool:
-    matrix = meta.role.is_hidden_matrix or meta.role is Role.ROUTER
+    matrix = meta.role.is_orthonormalized or meta.role is Role.ROUTER
     return numbers.optimizer == name and matrix and len(meta.shape) == 2
 
 

@@ -34,5 +34,5 @@ def carry_state(old: State, new: State, settings: MatrixSettings) -> None:
         # Of a tensor of experts the next optimizer may hold a part.
         first = param.layout.offsets[0] - holder.layout.offsets[0]
         value.copy_(source[first : first + len(value)])
-        if kind == "momentum" and settings.momentum_style == "sum" and param.meta.role.is_hidden_matrix:
+        if kind == "momentum" and settings.momentum_style == "sum" and param.meta.role.is_orthonormalized:
             value.div_(1 - settings.momentum)

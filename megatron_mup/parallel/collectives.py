@@ -1,4 +1,4 @@
-"""Collectives of the tensor- and expert-parallel axes as autograd functions.
+"""Collectives of the tensor-, context- and expert-parallel axes, most of them as autograd functions.
 
 Activations are ``[seq, batch, ...]``, so that a sequence shard is contiguous. PyTorch's functional collectives are a
 private module; it is used here alone, because torch.compile traces through it.
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
-from megatron_mup.parallel.mesh import TensorAxis
+from megatron_mup.parallel.mesh import ContextAxis, TensorAxis
 
 
 def _all_reduce(x: torch.Tensor, op: str, group: dist.ProcessGroup) -> torch.Tensor:
@@ -130,6 +130,28 @@ def leave_tensor_parallel(x: torch.Tensor, axis: TensorAxis, sequence_parallel: 
     return _ReduceScatter.apply(x, axis.group) if sequence_parallel else _Reduce.apply(x, axis.group)
 
 
-def all_reduce(x: torch.Tensor, op: str, axis: TensorAxis) -> torch.Tensor:
-    """Sum or maximum over tensor ranks; knows no gradient, for use inside an autograd function."""
+def all_reduce(x: torch.Tensor, op: str, axis: TensorAxis | ContextAxis) -> torch.Tensor:
+    """Sum or maximum over ranks; knows no gradient, for use inside an autograd function."""
     return x if axis.group is None else _all_reduce(x, op, axis.group)
+
+
+def gather_context(x: torch.Tensor, axis: ContextAxis) -> torch.Tensor:
+    """Parts of a sequence ``[seq / cp, ...]`` of all context ranks, one after the other; gradients come back summed."""
+    assert axis.group is not None
+    return _Gather.apply(x, axis.group)
+
+
+def start_shift(x: torch.Tensor, axis: ContextAxis) -> torch.Tensor:
+    """Sends a tensor to the next context rank, the last one's to the first; `finish` gives the one that comes here.
+
+    Knows no gradient.
+    """
+    assert axis.group is not None
+    send, receive = [0] * axis.size, [0] * axis.size
+    send[(axis.rank + 1) % axis.size] = receive[(axis.rank - 1) % axis.size] = 1
+    return funcol.all_to_all_single(x.contiguous()[None], receive, send, axis.group)
+
+
+def finish(shifted: torch.Tensor) -> torch.Tensor:
+    """What `start_shift` brings, once it is here."""
+    return funcol.wait_tensor(shifted)[0]

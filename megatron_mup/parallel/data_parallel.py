@@ -28,7 +28,12 @@ def parameter_dtype(config: Config, mesh: Mesh) -> torch.dtype:
     FSDP2 keeps the optimizer's precision and casts when it gathers; a rank without data-parallel peers has nothing to
     gather, so its module holds what it computes with and the optimizer a copy of its own (`optim.main_params`).
     """
-    return compute_dtype(config) if mesh.dp_size == 1 else main_dtype(config)
+    return main_dtype(config) if uses_fsdp(config, mesh) else compute_dtype(config)
+
+
+def uses_fsdp(config: Config, mesh: Mesh) -> bool:
+    """Whether FSDP2 holds the parameters: there are ranks to share them with, and DeepSpeed's engine doesn't."""
+    return mesh.sharding_size > 1 and config.parallel.distributed_engine == "native"
 
 
 def shard_over_data(
@@ -46,7 +51,7 @@ def shard_over_data(
         config: sharding strategy and reduction precision.
         mesh: the run's mesh.
     """
-    if mesh.dp_size == 1:
+    if not uses_fsdp(config, mesh):
         return
     parallel = config.parallel
     policy = MixedPrecisionPolicy(
@@ -77,3 +82,19 @@ def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
         model.set_is_last_backward(is_last)
+
+
+def take_over_gradients(model: nn.Module) -> None:
+    """Has FSDP2 take gradients of gathered weights over into its sums over micro-batches, in their precision.
+
+    It does so by itself when a backward pass has gone through a layer. Gradients of weights that a pipeline schedule
+    takes by themselves it would leave to be summed in the weights' precision.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    for state in fully_shard.state(model)._state_ctx.all_states:  # type: ignore[attr-defined]
+        # PyTorch 2.11 has one group of parameters in a module, 2.13 some.
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for param in [param for group in groups if group is not None for param in group.fsdp_params]:
+            param.accumulate_unsharded_grad_if_needed()
+            param.to_accumulated_grad_if_needed()

@@ -1,5 +1,8 @@
 """Who is where: the ranks of a run, laid out over the axes pipeline, tensor, replica and shard; and, for the experts of
 MoE layers, the ranks of each stage laid out anew over expert replica, expert shard and expert rank.
+
+Context-parallel ranks, which share sequences, are neighbours among the replicas and shards: these two axes are the
+ranks that see different tokens, of other samples or of the same ones.
 """
 
 from __future__ import annotations
@@ -47,12 +50,13 @@ class Mesh:
     device: torch.device
     _joint: dict[str, dist.ProcessGroup]
     experts: DeviceMesh | None = None
+    _context_size: int = 1
 
     @classmethod
     def build(cls, config: Config, device: torch.device) -> Mesh:
         """Builds the mesh over the process group that exists; the configuration has been validated for its size."""
         parallel = config.parallel
-        data = config.data_parallel_size(dist.get_world_size())
+        data = config.sharding_size(dist.get_world_size())
         if parallel.sharding == "no_shard":
             replicate, shard = data, 1
         else:
@@ -66,6 +70,10 @@ class Mesh:
         if mode != "owner":
             axes = ("dp_replicate", "dp_shard") if mode == "local" else ("tp", "dp_shard")
             joint[mode] = dist.new_subgroups_by_enumeration(_rows(grid, axes))[0]
+        context = parallel.context_parallel_size
+        if context > 1:
+            sharing = torch.tensor(_rows(grid, ("dp_replicate", "dp_shard"))).view(-1, context)
+            joint["context"] = dist.new_subgroups_by_enumeration(sharing.tolist())[0]
         stages = grid.shape[0]
         if stages > 1:
             # Ranks in between get None: they hold no copy of a tied embedding.
@@ -81,7 +89,7 @@ class Mesh:
             experts = DeviceMesh(device.type, experts_grid, mesh_dim_names=("pp", *EXPERT_AXES))
             columns = experts_grid.view(len(experts_grid), holders, ep).transpose(1, 2).reshape(-1, holders)
             joint["experts"] = dist.new_subgroups_by_enumeration(columns.tolist())[0]
-        return cls(world, device, joint, experts)
+        return cls(world, device, joint, experts, context)
 
     def _mesh_of(self, axis: str) -> DeviceMesh:
         if axis not in EXPERT_AXES:
@@ -147,13 +155,18 @@ class Mesh:
 
     @property
     def embedding_group(self) -> dist.ProcessGroup:
-        """The ranks of the first and the last stage that share a tied embedding."""
+        """The ranks at both ends of the pipeline, which share a tied embedding unless one holds both stages."""
         return self._joint["embedding"]
 
     @property
     def tp(self) -> TensorAxis:
         """The tensor-parallel axis, as layers want it."""
         return TensorAxis(self.group("tp") if self.size("tp") > 1 else None, self.rank("tp"), self.size("tp"))
+
+    @property
+    def cp(self) -> ContextAxis:
+        """The context-parallel axis, as layers want it."""
+        return ContextAxis(self._joint.get("context"), self._data_place % self._context_size, self._context_size)
 
     @property
     def ep(self) -> ExpertAxis:
@@ -165,27 +178,36 @@ class Mesh:
             self.group("ep") if size > 1 else None,
             self.rank("ep"),
             size,
-            sum_copies=self.dp_size == 1 and self.size("edp_replicate") > 1,
+            sum_copies=self.sharding_size == 1 and self.size("edp_replicate") > 1,
         )
 
     @property
-    def dp_size(self) -> int:
-        """Data-parallel ranks."""
+    def sharding_size(self) -> int:
+        """Ranks over which parameters are sharded or copied, and gradients summed: data- and context-parallel ones."""
         return self.size("dp_replicate") * self.size("dp_shard")
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks: those that read different samples."""
+        return self.sharding_size // self._context_size
 
     @property
     def dp_rank(self) -> int:
         """This rank's place among the data-parallel ranks."""
+        return self._data_place // self._context_size
+
+    @property
+    def _data_place(self) -> int:
         return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """Whether this rank is the first of the pipeline."""
         return self.rank("pp") == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer and computes the loss."""
+        """Whether this rank is the last of the pipeline. With one stage on each it computes the loss."""
         return self.rank("pp") == self.size("pp") - 1
 
 
@@ -212,6 +234,24 @@ class TensorAxis:
 
 
 @dataclass(frozen=True)
+class ContextAxis:
+    """Place of a rank on the context-parallel axis; ``group`` is None when it is alone.
+
+    A sequence is cut into twice as many chunks as there are ranks. Rank i takes chunk i and, from the end, chunk i
+    again: late tokens attend to more than early ones, so that pairs of them are even work.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    def places(self, seq: int, device: torch.device) -> torch.Tensor:
+        """Places ``[ranks, seq / ranks]`` in the whole sequence of the tokens of each rank, rising."""
+        chunks = torch.arange(seq, device=device).view(2 * self.size, -1)
+        return torch.cat([chunks[: self.size], chunks[self.size :].flip(0)], 1)
+
+
+@dataclass(frozen=True)
 class ExpertAxis:
     """Place of a rank on the expert-parallel axis; ``group`` is None when it is alone.
 
@@ -226,4 +266,5 @@ class ExpertAxis:
 
 
 ALONE = TensorAxis(None, 0, 1)
+ONE_CONTEXT_RANK = ContextAxis(None, 0, 1)
 ONE_EXPERT_RANK = ExpertAxis(None, 0, 1)

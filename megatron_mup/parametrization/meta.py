@@ -12,6 +12,8 @@ class Role(StrEnum):
     EMBEDDING = "embedding"
     POSITION_EMBEDDING = "position_embedding"
     QKV = "qkv"
+    LATENT = "latent"
+    SHARED_KEY = "shared_key"
     ATTENTION_OUTPUT = "attention_output"
     MLP_IN = "mlp_in"
     MLP_OUT = "mlp_out"
@@ -26,7 +28,12 @@ class Role(StrEnum):
     @property
     def is_hidden_matrix(self) -> bool:
         """Both dimensions grow with the model."""
-        return self.is_expert or self in (Role.QKV, Role.ATTENTION_OUTPUT, Role.MLP_IN, Role.MLP_OUT)
+        return self.is_expert or self in _HIDDEN
+
+    @property
+    def is_orthonormalized(self) -> bool:
+        """A matrix that orthonormalizing optimizers train: a hidden one, or the key that all heads share."""
+        return self.is_hidden_matrix or self is Role.SHARED_KEY
 
     @property
     def is_output_projection(self) -> bool:
@@ -39,12 +46,18 @@ class Role(StrEnum):
         return self in (Role.EXPERT_IN, Role.EXPERT_OUT)
 
 
+_HIDDEN = (Role.QKV, Role.LATENT, Role.ATTENTION_OUTPUT, Role.MLP_IN, Role.MLP_OUT)
+"""`Role.LATENT`: from the stream into a latent, of which queries, or keys and values, are made. Its rotated part of the
+key is as wide in every model (`Role.SHARED_KEY`)."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Logical matrices among rows interleaved along dimension 0 of a fused tensor.
 
     A block owns the rows ``r`` with ``start <= r % period < start + size``. In order they are one matrix; with
-    ``apart`` those of each period are a matrix of their own.
+    ``apart`` those of each period are a matrix of their own. ``heads`` of them lie in a period, of equal size; 1 where
+    there are no heads.
     """
 
     name: str
@@ -52,6 +65,7 @@ class Block:
     size: int
     period: int
     apart: bool = False
+    heads: int = 1
 
     def matrices(self, rows: int) -> tuple[int, int]:
         """How many matrices it has in a tensor of ``rows`` rows, and how many rows each of them."""
@@ -110,11 +124,6 @@ class ParamMeta:
         for d in self.shape:
             n *= d
         return n
-
-    @property
-    def head_rows(self) -> int:
-        """Rows of one head in a fused tensor of query, key and value: those of its smallest block in each period."""
-        return min(block.size for block in self.blocks)
 
     @property
     def width_ratio(self) -> float:

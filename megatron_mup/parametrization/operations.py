@@ -154,6 +154,17 @@ def scales_gradients(config: Config) -> bool:
     return scheme_of(config).operations is Operations.UMUP
 
 
+def fp8_gradient_scale(config: Config) -> float:
+    """Power of two that brings gradients of a sum over tokens, as hidden matrices get them, near unit scale for FP8.
+
+    u-muP's are there. Munit scaling has true gradients: what reaches the last norm has passed the logits' factor, and
+    norms and residual weights keep its size. Derived here: the paper (2502.05967) doesn't say how losses are scaled.
+    """
+    if scheme_of(config).operations is Operations.UMUP:
+        return 1.0
+    return float(2.0 ** round(-math.log2(forward_multipliers(config).logits)))
+
+
 # ---- Formulas of u-muP
 
 

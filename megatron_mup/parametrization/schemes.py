@@ -27,6 +27,7 @@ class Kind(StrEnum):
     FINAL_VECTOR = "final vector"  # norm gains and biases behind the last layer
     READOUT = "readout"  # only the fan-in grows
     ROUTER = "router"  # only the fan-in grows, inside the layers
+    SHARED_KEY = "shared key"  # the same, among the matrices
 
 
 def kind_of(meta: ParamMeta) -> Kind:
@@ -39,6 +40,8 @@ def kind_of(meta: ParamMeta) -> Kind:
         return Kind.READOUT
     if meta.role is Role.ROUTER:
         return Kind.ROUTER
+    if meta.role is Role.SHARED_KEY:
+        return Kind.SHARED_KEY
     if meta.role is Role.QK_NORM:
         return Kind.HEAD_VECTOR
     return Kind.FINAL_VECTOR if meta.layer is None else Kind.BLOCK_VECTOR
@@ -213,6 +216,14 @@ FORM_B: Mapping[Kind, Row] = MappingProxyType(
         # own, so 1/m_N is in its initial values and rates. Its gradients sum over the width too, which eps doesn't see.
         Kind.ROUTER: Row(
             source="muP-MoE 2508.09752; depth and eps as for the query and key gains",
+            init=_inverse_matrix,
+            lr_width=_inverse_matrix,
+            lr_depth=_block_lr,
+            eps=_branch,
+        ),
+        # The rotated key of latent attention: all heads share its few numbers, and all of them send it their gradients.
+        Kind.SHARED_KEY: Row(
+            source="as the router: TP-V table 3, output weights",
             init=_inverse_matrix,
             lr_width=_inverse_matrix,
             lr_depth=_block_lr,

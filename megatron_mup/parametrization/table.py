@@ -209,7 +209,9 @@ def optimizer_of(kind: Kind, config: Config) -> str:
     flags = config.optimizer
     if flags.optimizer == "adam":
         return "adam"
-    claimed = {Kind.HIDDEN, Kind.INPUT, Kind.READOUT} if flags.optimizer == "scion" else {Kind.HIDDEN}
+    claimed = {Kind.HIDDEN, Kind.SHARED_KEY}
+    if flags.optimizer == "scion":
+        claimed |= {Kind.INPUT, Kind.READOUT}
     if flags.muon_moe_router:
         claimed.add(Kind.ROUTER)
     return flags.optimizer if kind in claimed else flags.scalar_optimizer
@@ -246,12 +248,14 @@ def orthonormal_lr_factor(meta: ParamMeta, config: Config) -> float:
         return step_over_muon(rows, meta.fan_in) / step_over_muon(base_rows, meta.fan_in / in_ratio)
 
     if meta.blocks and meta.role is Role.QKV and config.optimizer.muon_split_heads:
-        return factor(meta.head_rows, BaseSizes.of(config).head_dim)
-    total_rows = meta.numel / meta.fan_in / (meta.experts or 1)
-    split = config.optimizer.muon_split_qkv if meta.role is Role.QKV else config.optimizer.muon_split_fc1
-    if not (meta.blocks and split):
-        return factor(total_rows)
-    factors = [factor(total_rows * b.size / b.period) for b in meta.blocks]
+        shrink = BaseSizes.of(config).head_shrink
+        factors = [factor(b.size / b.heads, b.size / b.heads * shrink) for b in meta.blocks]
+    else:
+        total_rows = meta.numel / meta.fan_in / (meta.experts or 1)
+        split = config.optimizer.muon_split_qkv if meta.role is Role.QKV else config.optimizer.muon_split_fc1
+        if not (meta.blocks and split):
+            return factor(total_rows)
+        factors = [factor(total_rows * b.size / b.period) for b in meta.blocks]
     if math.isclose(min(factors), max(factors), rel_tol=1e-9):
         return factors[0]
     return 1.0 if mode == "shape_scaling" else 1.0 / math.sqrt(in_ratio)
@@ -266,7 +270,7 @@ def _init_std(meta: ParamMeta, kind: Kind, config: Config, factor: float) -> flo
         std = std if model.embedding_init_method_std is None else model.embedding_init_method_std
     elif kind is Kind.READOUT:
         std = std if model.output_layer_init_method_std is None else model.output_layer_init_method_std
-    elif kind in (Kind.HIDDEN, Kind.ROUTER):
+    elif kind in (Kind.HIDDEN, Kind.ROUTER, Kind.SHARED_KEY):
         if meta.role.is_output_projection:
             # GPT-2's 1/sqrt(2L). CompleteP puts depth into the branch factor, so there it stays the base model's.
             std /= math.sqrt(2 * _base_layers(config))
@@ -310,6 +314,7 @@ def _weight_decay(kind: Kind, optimizer: str, config: Config, r: Ratios, lr_widt
         Kind.INPUT: flags.decay_embeddings,
         Kind.HIDDEN: True,
         Kind.ROUTER: True,
+        Kind.SHARED_KEY: True,
         Kind.READOUT: flags.decay_output_layer,
     }.get(kind, False)
     if not decays or flags.weight_decay == 0.0:

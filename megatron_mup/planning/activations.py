@@ -46,6 +46,41 @@ class _Widths:
         )
 
 
+@dataclass(frozen=True)
+class _LatentWidths:
+    """Channels of one rank under latent attention: of all heads' queries (and keys), values, plain keys; of latents."""
+
+    query: int
+    value: int
+    plain: int
+    latents: int
+    rotated: int
+
+    @classmethod
+    def of(cls, config: Config, tp: int) -> _LatentWidths:
+        model = config.model
+        heads = model.num_attention_heads // tp
+        latents = (model.q_lora_rank or 0) + (model.kv_lora_rank or 0)
+        return cls(
+            heads * model.head_dim,
+            heads * model.value_dim,
+            heads * model.qk_head_dim,
+            latents,
+            model.qk_pos_emb_head_dim,
+        )
+
+    def operands(self, config: Config) -> int:
+        """What backward of attention reads for each token: queries, keys, values and output, and the latents."""
+        # Without a compiler values are a view of what the up projection gave, and alone only where they are repeated.
+        view = not (config.training.torch_compile or unfused(config))
+        kept = 2 * self.query + 2 * self.value + (self.plain if view else 0)
+        return kept + self.latents * (2 if config.model.qk_layernorm else 1)
+
+    def products(self) -> int:
+        """What products and attention give for each token."""
+        return self.query + self.plain + 2 * self.value + self.latents + self.rotated
+
+
 def unfused(config: Config) -> bool:
     """Whether attention holds its weights, ``[batch, heads, seq, seq]``."""
     return config.training.attention_backend == "unfused" or config.model.attention_dropout > 0
@@ -73,7 +108,9 @@ def _operands(config: Config, cut: Cut) -> float:
     model, widths = config.model, _Widths.of(config, cut.tp)
     compiled = config.training.torch_compile
     rotated = model.position_embedding_type == "rope"
-    if unfused(config):
+    if model.multi_latent_attention:
+        attention = _LatentWidths.of(config, cut.tp).operands(config)
+    elif unfused(config):
         attention = 4 * widths.query  # output, queries, and keys and values repeated for each of these
     else:
         attention = widths.query  # its output
@@ -93,7 +130,10 @@ def _operands(config: Config, cut: Cut) -> float:
 def _products(config: Config, cut: Cut, stream: int) -> float:
     """Elements that the outputs of products, attention and collectives have."""
     widths = _Widths.of(config, cut.tp)
-    elements = cut.tokens * (2 * widths.query + 2 * widths.key + 2 * widths.hidden + widths.mlp_in)
+    attention = 2 * widths.query + 2 * widths.key
+    if config.model.multi_latent_attention:
+        attention = _LatentWidths.of(config, cut.tp).products()
+    elements = cut.tokens * (attention + 2 * widths.hidden + widths.mlp_in)
     if cut.tp > 1:
         elements += 2 * (cut.tokens * widths.hidden + stream) if cut.sequence > 1 else 2 * cut.tokens * widths.hidden
     return elements
@@ -119,7 +159,9 @@ def _norm_statistics(config: Config, cut: Cut) -> float:
     model = config.model
     numbers = 1 if model.normalization == "RMSNorm" else 2
     rows = 2 * cut.tokens // cut.sequence
-    if model.qk_layernorm:
+    if model.qk_layernorm and model.multi_latent_attention:
+        rows += (2 if model.q_lora_rank else 1) * cut.tokens // cut.sequence
+    elif model.qk_layernorm:
         rows += cut.tokens * (model.num_attention_heads + model.query_groups) // cut.tp
     return FP32 * numbers * rows
 
@@ -166,8 +208,12 @@ def loss_bytes(config: Config, cut: Cut, vocab_size: int) -> float:
     """Bytes of logits and of what their loss takes at its height, in backward.
 
     The logits; one fp32 copy on the way to their gradient and its rounded form where this is compiled, two fp32 copies
-    where not.
+    where not. Fused with the output layer it is a chunk of them, and gradients that wait for backward.
     """
-    size = cut.compute.itemsize
-    logits = cut.tokens * (-(-vocab_size // cut.tp))
+    size, training, rows = cut.compute.itemsize, config.training, -(-vocab_size // cut.tp)
+    if training.cross_entropy_fusion_impl == "linear":
+        chunk = min(training.loss_chunk_size, cut.tokens) * rows
+        gradients = (cut.tokens * size + rows * (FP32 + size)) * config.model.hidden_size
+        return chunk * (2 * size + (0 if training.torch_compile else 2 * FP32)) + gradients
+    logits = cut.tokens * rows
     return logits * (size + FP32 + (size if config.training.torch_compile else FP32))

@@ -8,6 +8,7 @@ import torch
 
 from megatron_mup.config import Config
 from megatron_mup.config.pipeline import stage_layers
+from megatron_mup.config.schedules import SCHEDULES, schedule_name, stages_of_rank
 from megatron_mup.parallel.data_parallel import compute_dtype, main_dtype
 
 
@@ -18,7 +19,9 @@ class Cut:
     Attributes:
         tp, pp, replicate, shard: ranks along the axes.
         sequence: ranks that share the positions of the residual stream.
+        schedule: of the pipeline.
         stages: layers ``[start, end)`` of each pipeline stage.
+        held: numbers of the stages on each pipeline rank.
         micro_batches: of each rank in a step.
         tokens: of a micro-batch.
         compute, main: precision of matrix products, and in which the optimizer keeps weights.
@@ -30,7 +33,9 @@ class Cut:
     replicate: int
     shard: int
     sequence: int
+    schedule: str
     stages: tuple[tuple[int, int], ...]
+    held: tuple[tuple[int, ...], ...]
     micro_batches: int
     tokens: int
     compute: torch.dtype
@@ -49,7 +54,9 @@ class Cut:
             replicate=replicate,
             shard=data // replicate,
             sequence=tp if parallel.sequence_parallel else 1,
+            schedule=schedule_name(config),
             stages=stage_layers(config),
+            held=tuple(stages_of_rank(config, rank) for rank in range(parallel.pipeline_model_parallel_size)),
             micro_batches=config.global_batch_size(world_size) // (data * training.micro_batch_size),
             tokens=training.micro_batch_size * training.seq_length,
             compute=compute_dtype(config),
@@ -67,6 +74,47 @@ class Cut:
         """All ranks."""
         return self.tp * self.pp * self.dp
 
-    def in_flight(self, stage: int) -> int:
-        """Micro-batches whose activations a stage holds at once under 1F1B, counted from 0 at the front."""
-        return min(self.pp - stage, self.micro_batches)
+    def parts(self, rank: int) -> list[tuple[int, int]]:
+        """Ranges of layers on a pipeline rank, one for each of its stages."""
+        return [self.stages[number] for number in self.held[rank]]
+
+    def layers(self, rank: int) -> int:
+        """Layers on a pipeline rank."""
+        return sum(end - start for start, end in self.parts(rank))
+
+    def has_first(self, rank: int) -> bool:
+        """Whether a pipeline rank holds the first stage."""
+        return 0 in self.held[rank]
+
+    def has_last(self, rank: int) -> bool:
+        """Whether a pipeline rank holds the last stage."""
+        return len(self.stages) - 1 in self.held[rank]
+
+    def in_flight(self, rank: int) -> float:
+        """Micro-batches whose activations a pipeline rank, counted from 0 at the front, holds at once.
+
+        Where it has several stages those of one stage count as a part. With backward in two halves they count until the
+        gradients of weights are there.
+        """
+        stages = len(self.held[rank])
+        if self.schedule == "GPipe":
+            passes = self.micro_batches
+        elif self.schedule == "DualPipeV":
+            passes = 2 * self.pp + 1
+        elif SCHEDULES[self.schedule].splits_backward:
+            passes = stages * self.pp
+        elif stages > 1:
+            passes = (stages - 1) * self.pp + 2 * (self.pp - rank) - 1
+        else:
+            passes = self.pp - rank
+        return min(passes / stages, self.micro_batches)
+
+    @property
+    def idle(self) -> float:
+        """Time that a rank waits for others in a step, in micro-batches.
+
+        Where backward is taken in two halves weights' gradients fill two thirds of it (Qi et al., arXiv 2401.10241), as
+        long as forward and the two halves take equally long.
+        """
+        stages = len(self.held[0])
+        return (self.pp - 1) / stages / (3 if SCHEDULES[self.schedule].splits_backward else 1)

@@ -45,13 +45,26 @@ def complete(config: Config) -> Config:
     """Fills in what a run needs and a plan doesn't, its length and its data, and drops its checkpoints.
 
     Raises:
-        ConfigError: a model that the planner can't count.
+        ConfigError: a model or an engine that the planner can't count.
     """
     if config.moe.num_experts is not None:
         raise ConfigError(
             told(config, "num_experts"),
             "the planner counts dense models only",
             "plan the dense model whose MLP is as wide as a token's experts together",
+        )
+    if config.parallel.context_parallel_size > 1:
+        raise ConfigError(
+            told(config, "context_parallel_size"),
+            "the planner knows no ranks that share sequences",
+            "plan with --context-parallel-size 1 and the part of --seq-length that one rank holds: all but attention's "
+            "time and messages is the same",
+        )
+    if config.parallel.distributed_engine != "native":
+        raise ConfigError(
+            told(config, "distributed_engine"),
+            "the planner knows FSDP2's memory and messages, not DeepSpeed's",
+            "plan with --distributed-engine native: optim_grads is near ZeRO-2, optim_grads_params near ZeRO-3",
         )
     training, data = config.training, config.data
     if training.train_iters is None and training.train_samples is None:
@@ -84,7 +97,7 @@ def estimate(
     """
     validate(config, world_size)
     cut = Cut.of(config, world_size)
-    counts = [end - start for start, end in cut.stages]
+    counts = [cut.layers(rank) for rank in range(cut.pp)]
     # The front holds most micro-batches, the end the logits, and those in between have neighbours on both sides.
     some = {0, min(1, cut.pp - 1), counts.index(max(counts)), cut.pp - 1}
     chosen = range(cut.pp) if stages == "all" else sorted(some)

@@ -107,7 +107,7 @@ def model_parallel_elements(meta: ParamMeta, cut: Cut) -> int:
 
 def stage_plan(inventory: Inventory, cut: Cut, stage: int) -> Plan:
     """Where each matrix of a stage is orthonormalized (`optim.planner`)."""
-    matrices = inventory.matrices(*cut.stages[stage]).values()
+    matrices = _matrices(inventory, cut, stage).values()
     return make_plan([meta for meta, _ in matrices], [h.cost or 0.0 for _, h in matrices], cut.tp * cut.dp)
 
 
@@ -125,7 +125,7 @@ def state_bytes(inventory: Inventory, cut: Cut, stage: int, rank: int, plan: Pla
     Args:
         inventory: the model.
         cut: how ranks share it.
-        stage: pipeline stage.
+        stage: pipeline rank.
         rank: number in the stage, see `place_of`.
         plan: of the stage.
     """
@@ -134,7 +134,7 @@ def state_bytes(inventory: Inventory, cut: Cut, stage: int, rank: int, plan: Pla
     for holding, count in stage_holdings(inventory, cut, stage):
         if holding.cost is None:
             held += count * holding.on_shards * local_elements(holding.meta, cut, place)
-    matrices = inventory.matrices(*cut.stages[stage])
+    matrices = _matrices(inventory, cut, stage)
     for assignment in plan.assignments:
         meta, holding = matrices[assignment.meta.name]
         if place_of(cut, assignment.home)[1] == place[1]:
@@ -145,8 +145,15 @@ def state_bytes(inventory: Inventory, cut: Cut, stage: int, rank: int, plan: Pla
 
 
 def stage_holdings(inventory: Inventory, cut: Cut, stage: int) -> list[tuple[Holding, int]]:
-    """Parameters of a stage, alike ones once with their number."""
-    return inventory.stage(*cut.stages[stage], first=stage == 0, last=stage == cut.pp - 1)
+    """Parameters of a pipeline rank, alike ones of a stage once with their number."""
+    last = len(cut.stages) - 1
+    stages = [inventory.stage(*cut.stages[n], first=n == 0, last=n == last) for n in cut.held[stage]]
+    return [counted for held in stages for counted in held]
+
+
+def _matrices(inventory: Inventory, cut: Cut, stage: int) -> dict[str, tuple[ParamMeta, Holding]]:
+    """Matrices of a pipeline rank that are orthonormalized, by name."""
+    return {name: held for part in cut.parts(stage) for name, held in inventory.matrices(*part).items()}
 
 
 def fullest_state(inventory: Inventory, cut: Cut, stage: int) -> float:
@@ -184,25 +191,23 @@ def _even_state(inventory: Inventory, cut: Cut, stage: int) -> float:
 
 
 def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, vocab_size: int) -> Memory:
-    """Memory of the fullest rank of a pipeline stage.
+    """Memory of the fullest of the ranks at one place of the pipeline.
 
     Args:
         config: the run's configuration.
         inventory: the model.
         cut: how ranks share it.
-        stage: pipeline stage, from 0.
+        stage: pipeline rank, from 0.
         vocab_size: number of token ids.
     """
     holdings = stage_holdings(inventory, cut, stage)
     own = sum(count * local_elements(h.meta, cut, (0, 0, 0)) for h, count in holdings)
     whole = sum(count * model_parallel_elements(h.meta, cut) for h, count in holdings)
     outside = sum(c * model_parallel_elements(h.meta, cut) for h, c in holdings if h.meta.layer is None)
-    start, end = cut.stages[stage]
-    layer = (whole - outside) / max(1, end - start)
+    layer = (whole - outside) / max(1, cut.layers(stage))
     compute, main = cut.compute.itemsize, cut.main.itemsize
     copies = cut.dp == 1 and compute != main
     reduce = 2 if config.parallel.grad_reduce_in_bf16 else FP32
-    last = stage == cut.pp - 1
     in_flight = cut.in_flight(stage)
     activations, recomputed = _activations(config, cut, stage)
     unreduced = whole * (reduce if compute != reduce else compute) if cut.dp > 1 and cut.micro_batches > 1 else 0.0
@@ -214,7 +219,7 @@ def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, voc
         unreduced=unreduced,
         accumulated=cut.micro_batches > in_flight,
         activations=activations,
-        loss=loss_bytes(config, cut, vocab_size) if last else 0.0,
+        loss=loss_bytes(config, cut, vocab_size) if cut.has_last(stage) else 0.0,
         recomputed=recomputed,
         gathered=_gathered(cut, whole, outside, layer) if cut.dp > 1 else 0.0,
         reducing=max(layer * UNITS_AT_ONCE, outside) * (compute + reduce) if cut.dp > 1 else compute * outside / 2,
@@ -226,8 +231,7 @@ def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, voc
 def _activations(config: Config, cut: Cut, stage: int) -> tuple[float, float]:
     """Bytes held for backward by all micro-batches in flight, and those that backward of a part of them takes."""
     training = config.training
-    start, end = cut.stages[stage]
-    layers, everything = end - start, layer_bytes(config, cut, "all")
+    layers, everything = cut.layers(stage), layer_bytes(config, cut, "all")
     kept: dict[Kept, float] = {kind: layer_bytes(config, cut, kind) for kind in ("all", "products", "input")}
     work = layer_workspace(config, cut)
     if training.recompute == "none":
@@ -240,15 +244,14 @@ def _activations(config: Config, cut: Cut, stage: int) -> tuple[float, float]:
     else:
         chunk = min(layers, training.recompute_num_layers)
         held, work = -(-layers // chunk) * kept["input"], work + chunk * everything
-    held += token_info_bytes(config, cut)
-    if stage == 0:
+    stages, first, last = len(cut.held[stage]), cut.has_first(stage), cut.has_last(stage)
+    held += stages * token_info_bytes(config, cut)
+    if first:
         held += embedding_bytes(config, cut)
-    if stage == cut.pp - 1:
+    if last:
         held += head_bytes(config, cut)
-    else:
-        held += kept["input"]  # the output, which the schedule holds until its gradient comes
-    if stage > 0:
-        held -= kept["input"]  # the input is one of the pipeline's buffers
+    # A stage's output the schedule holds until its gradient comes; its input is one of the pipeline's buffers.
+    held += kept["input"] * ((stages - last) - (stages - first))
     return held * cut.in_flight(stage), work
 
 
@@ -263,7 +266,7 @@ def _gathered(cut: Cut, whole: float, outside: float, layer: float) -> float:
 
 def _pipeline_buffers(config: Config, cut: Cut, stage: int) -> float:
     """PyTorch's schedule has a buffer for each micro-batch, on both sides of a stage that has a neighbour there."""
-    sides = (stage > 0) + (stage < cut.pp - 1)
+    sides = 2 * len(cut.held[stage]) - cut.has_first(stage) - cut.has_last(stage)
     return sides * cut.micro_batches * layer_bytes(config, cut, "input")
 
 

@@ -37,6 +37,8 @@ PACKAGES = (
     Package("matplotlib", "matplotlib", False, "no pictures of curves"),
     Package("triton", "triton", False, "torch.compile and the kernels of Muon fall back to plain PyTorch on GPUs"),
     Package("wandb", "wandb", False, "no --wandb-project"),
+    Package("prometheus-client", "prometheus_client", False, "no --prometheus-port"),
+    Package("jinja2", "jinja2", False, "no reports of runs"),
     Package("transformers", "transformers", False, "checkpoints can't be compared with Hugging Face's models"),
     Package("safetensors", "safetensors", False, "no conversion to and from Hugging Face's files"),
     Package("tokenizers", "tokenizers", False, "no --tokenizer-type HuggingFaceTokenizer"),
@@ -44,7 +46,7 @@ PACKAGES = (
     Package("pyarrow", "pyarrow", False, "tools/preprocess_data.py reads no parquet"),
     Package("zstandard", "zstandard", False, "tools/preprocess_data.py reads no .zst"),
     Package("transformer-engine", "transformer_engine", False, "no FP8; nothing in this version uses it"),
-    Package("deepspeed", "deepspeed", False, "no DeepSpeed engine; nothing in this version uses it"),
+    Package("deepspeed", "deepspeed", False, "no --distributed-engine deepspeed"),
     # The registry has another package of this name, without these modules.
     Package("apex", "apex.optimizers", False, "no fused kernels of NVIDIA's; nothing in this version uses them"),
 )

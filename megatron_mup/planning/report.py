@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from megatron_mup.config.schedules import SCHEDULES
 from megatron_mup.optim.planner import Plan
 from megatron_mup.planning.cut import Cut
 from megatron_mup.planning.estimate import Estimate
@@ -35,6 +36,8 @@ def layout(estimate: Estimate) -> str:
     """A layout in one line, in flags' order."""
     cut, parallel, training = estimate.cut, estimate.config.parallel, estimate.config.training
     parts = [f"tp {cut.tp}", f"pp {cut.pp}", f"dp {cut.dp}"]
+    if cut.schedule != "1F1B":
+        parts.insert(2, f"{cut.schedule} x {len(cut.held[0])} stages")
     if cut.dp > 1:
         parts.append(parallel.sharding + (f" x {cut.replicate} replicas" if 1 < cut.replicate < cut.dp else ""))
     parts.append(f"micro-batch {training.micro_batch_size} x {cut.micro_batches}")
@@ -48,6 +51,10 @@ def flags(estimate: Estimate) -> str:
     words = [f"--tensor-model-parallel-size {cut.tp}"] if cut.tp > 1 else []
     words += ["--sequence-parallel"] if parallel.sequence_parallel else []
     words += [f"--pipeline-model-parallel-size {cut.pp}"] if cut.pp > 1 else []
+    schedule, held = cut.schedule, len(cut.held[0])
+    words += [f"--pipeline-schedule {schedule}"] if schedule != "1F1B" else []
+    if SCHEDULES[schedule].usual != held:
+        words.append(f"--num-virtual-stages-per-pipeline-rank {held}")
     words += [f"--data-parallel-sharding-strategy {parallel.sharding}"] if cut.dp > 1 else []
     if parallel.num_distributed_optimizer_instances > 1:
         words.append(f"--num-distributed-optimizer-instances {parallel.num_distributed_optimizer_instances}")
@@ -131,7 +138,7 @@ def _memory(estimate: Estimate) -> str:
     width = max(len(text) for text in TERMS.values())
     lines = [f"memory of the fullest rank of {'each stage' if estimate.cut.pp > 1 else 'all'}, GiB"]
     if estimate.cut.pp > 1:
-        lines.append(f"  {'stage':{width}}" + "".join(f"{stage:>9}" for stage in stages))
+        lines.append(f"  {'pipeline rank':{width}}" + "".join(f"{stage:>9}" for stage in stages))
     for name, text in TERMS.items():
         values = [getattr(estimate.memory[stage], name) for stage in stages]
         if any(values):
@@ -168,7 +175,7 @@ def _speed(estimate: Estimate) -> str:
         f"expected step   {speed.step:.3g} s, {speed.tokens_per_second:,.0f} tokens/s per GPU, MFU {speed.mfu:.1%}",
         f"micro-batch     {speed.forward_backward * 1e3:.3g} ms of arithmetic, forward and backward, slowest stage",
         f"optimizer       {speed.update * 1e3:.3g} ms",
-        f"pipeline bubble {speed.bubble:.1%}",
+        f"pipeline bubble {speed.bubble:.1%}" + _bubble_of(estimate.cut),
         "messages of a rank in a step",
     ]
     for name, axis in speed.axes.items():
@@ -180,6 +187,12 @@ def _speed(estimate: Estimate) -> str:
     if not speed.axes:
         lines.append("  none")
     return "\n".join(lines)
+
+
+def _bubble_of(cut: Cut) -> str:
+    """What the number of the bubble rests on."""
+    split = SCHEDULES[cut.schedule].splits_backward
+    return ", if forward and either half of backward take equally long" if split else ""
 
 
 def _optimizer(estimate: Estimate, inventory: Inventory) -> str:

@@ -96,6 +96,8 @@ def _with(
         pipeline_model_parallel_size=pp,
         decoder_first_pipeline_num_layers=None,
         decoder_last_pipeline_num_layers=None,
+        num_layers_per_virtual_pipeline_stage=None,
+        pipeline_model_parallel_layout=None,
         data_parallel_sharding_strategy=sharding,
         use_torch_fsdp2=False,
         use_distributed_optimizer=False,

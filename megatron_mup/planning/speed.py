@@ -70,11 +70,11 @@ class Speed:
 def stage_seconds(config: Config, cut: Cut, stage: int, vocab_size: int, hardware: Hardware) -> float:
     """Seconds of arithmetic that a stage takes for forward and backward of one micro-batch."""
     model = config.model
-    start, end = cut.stages[stage]
-    layers = end - start
-    products = 3 * 2 * (_layer_weights(config) * layers + (stage == cut.pp - 1) * model.hidden_size * vocab_size)
-    # Half of the pairs count; forward takes two products of them, backward five.
-    pairs = 2 * 7 / 2 * model.num_attention_heads * model.head_dim * config.training.seq_length * layers
+    layers, last = cut.layers(stage), cut.has_last(stage)
+    products = 3 * 2 * (_layer_weights(config) * layers + last * model.hidden_size * vocab_size)
+    # Half of the pairs count. Of products as wide as a query forward takes one, backward three; as a value one and two.
+    widths = 4 * model.head_dim + 3 * model.value_dim
+    pairs = 2 / 2 * model.num_attention_heads * widths * config.training.seq_length * layers
     if config.training.recompute == "full":
         again = _recomputed_layers(config, layers)
         products += 2 * _layer_weights(config) * again
@@ -85,7 +85,7 @@ def stage_seconds(config: Config, cut: Cut, stage: int, vocab_size: int, hardwar
     # Elementwise work writes what it keeps and reads it again, in both directions.
     passes = (3 if config.training.torch_compile else 6) + (config.training.recompute == "selective")
     moved = passes * layers * layer_bytes(config, cut, "all")
-    if stage == cut.pp - 1:
+    if last:
         moved += cut.tokens * vocab_size / cut.tp * (3 * FP32 + 4 * cut.compute.itemsize)
     return matmul + attention + moved / (hardware.memory_rate * hardware.memory_share)
 
@@ -93,8 +93,7 @@ def stage_seconds(config: Config, cut: Cut, stage: int, vocab_size: int, hardwar
 def _layer_weights(config: Config) -> float:
     """Elements of a layer's matrices, whole."""
     model = config.model
-    attention = (2 * model.num_attention_heads + 2 * model.query_groups) * model.head_dim
-    return model.hidden_size * (attention + (3 if model.swiglu else 2) * model.ffn_size)
+    return model.attention_weights + model.hidden_size * (3 if model.swiglu else 2) * model.ffn_size
 
 
 def _recomputed_layers(config: Config, layers: int) -> int:
@@ -144,7 +143,7 @@ def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, 
         hardware: links.
         compute: seconds of forward and backward of one micro-batch.
     """
-    size, layers = cut.compute.itemsize, cut.stages[0][1] - cut.stages[0][0]
+    size, layers = cut.compute.itemsize, cut.layers(0)
     stream = cut.tokens * config.model.hidden_size * size
     holdings = stage_holdings(inventory, cut, 0)
     whole = sum(count * model_parallel_elements(h.meta, cut) for h, count in holdings)
@@ -181,9 +180,9 @@ def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, 
         )
     if cut.pp > 1:
         found["pipeline"] = Axis(
-            sent=2 * cut.micro_batches * stream / cut.sequence,
+            sent=2 * len(cut.held[0]) * cut.micro_batches * stream / cut.sequence,
             rate=link_rate(hardware, 2, cut.tp * cut.dp) if cut.world > hardware.gpus_per_node else hardware.node_rate,
-            messages=2 * cut.micro_batches,
+            messages=2 * len(cut.held[0]) * cut.micro_batches,
             hidden=0.0,
         )
     moved = 2 * _orthonormalized(inventory, cut) * (FP32 if config.optimizer.muon_ns_dtype == "fp32" else 2)
@@ -216,13 +215,13 @@ def estimate_speed(config: Config, inventory: Inventory, cut: Cut, vocab_size: i
     blocking = sum(axes[name].exposed(hardware.latency) for name in ("tensor", "pipeline") if name in axes)
     micro_batch = compute + blocking / cut.micro_batches
     rest = sum(axis.exposed(hardware.latency) for name, axis in axes.items() if name not in ("tensor", "pipeline"))
-    step = (cut.micro_batches + cut.pp - 1) * micro_batch + update + rest
+    step = (cut.micro_batches + cut.idle) * micro_batch + update + rest
     tokens = cut.tokens * cut.micro_batches * cut.dp / cut.world / step
     counted = flops_per_token(config.model, config.training.seq_length, vocab_size, "half", config.moe)
     return Speed(
         forward_backward=compute,
         update=update,
-        bubble=(cut.pp - 1) / (cut.micro_batches + cut.pp - 1),
+        bubble=cut.idle / (cut.micro_batches + cut.idle),
         axes=axes,
         step=step,
         tokens_per_second=tokens,
@@ -232,6 +231,6 @@ def estimate_speed(config: Config, inventory: Inventory, cut: Cut, vocab_size: i
 
 
 def _different(cut: Cut) -> list[int]:
-    """First stage, last stage, and the one with most layers."""
-    counts = [end - start for start, end in cut.stages]
+    """First pipeline rank, last one, and the one with most layers."""
+    counts = [cut.layers(rank) for rank in range(cut.pp)]
     return sorted({0, cut.pp - 1, counts.index(max(counts))})

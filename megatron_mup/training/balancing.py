@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_mup.config import Config
 from megatron_mup.layers.router import Tally
-from megatron_mup.models.gpt import GPT
+from megatron_mup.models.chunks import Model
 from megatron_mup.parallel.mesh import Mesh
 
 
@@ -17,7 +17,7 @@ class Balancing:
     Biases and loads follow the counts of the whole global batch, so they are alike on all ranks and in all layouts.
 
     Args:
-        model: this rank's stage.
+        model: this rank's stages.
         config: the run's configuration.
         mesh: the run's mesh.
 
@@ -25,7 +25,7 @@ class Balancing:
         layers: numbers of the layers with experts, in all stages.
     """
 
-    def __init__(self, model: GPT, config: Config, mesh: Mesh) -> None:
+    def __init__(self, model: Model, config: Config, mesh: Mesh) -> None:
         self._routers, self._moe, self._device = model.routers(), config.moe, mesh.device
         pattern = config.moe.layers(config.model.num_layers)
         self.layers = [number for number, has_experts in enumerate(pattern) if has_experts]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_mup.checkpoint import local
+from megatron_mup.checkpoint.agree import ALONE, Alone
 from megatron_mup.checkpoint.background import BackgroundSaver
 from megatron_mup.checkpoint.compare import compare_configs, told_differences
 from megatron_mup.checkpoint.load import find, load, load_iteration, load_rng, saved_config
@@ -22,6 +24,9 @@ from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.report import table_rows
 from megatron_mup.training.guard import Guard
 from megatron_mup.training.step import TrainStep
+
+NON_PERSISTENT = "non_persistent"
+"""Folder in ``--save`` for saves that the next of their kind replaces."""
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +67,12 @@ class Checkpointer:
         """Whether there is nothing to save: no folder, or this progress is in it."""
         return self.config.checkpoint.save is None or self._saved == progress
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, persistent: bool = True) -> None:
         """Saves model, optimizer, random state and progress. Collective.
+
+        Args:
+            progress: how far the run is.
+            persistent: into the folder of ``--save``; otherwise where ``--non-persistent-ckpt-type`` says.
 
         Raises:
             ConfigError: it can't be written; earlier checkpoints stay.
@@ -82,11 +91,18 @@ class Checkpointer:
         pieces = self._pieces(with_optimizer=not flags.no_save_optim)
         retain = flags.save_retain_interval
         keep_last = 1 if flags.keep_last is None and retain is not None else flags.keep_last
+        folder = Path(flags.save)
+        if not persistent and (own := self._local_folder) is not None:
+            self._tell_saved(local.save(own, pieces, manifest, self._run))
+            return
+        if not persistent:
+            folder, keep_last, retain = folder / NON_PERSISTENT, 1, None
         if self._background is not None:
-            self._background.start(flags.save, pieces, manifest, keep_last, retain, self._tell_saved)
+            self._background.start(folder, pieces, manifest, keep_last, retain, self._tell_saved)
         else:
-            self._tell_saved(save(flags.save, pieces, manifest, keep_last, retain_interval=retain))
-        self._saved = progress
+            self._tell_saved(save(folder, pieces, manifest, keep_last, retain_interval=retain))
+        if persistent:
+            self._saved = progress
 
     def finish(self) -> None:
         """Waits until what is being saved is saved. Collective.
@@ -101,7 +117,7 @@ class Checkpointer:
         self._tell(f"saved {path}")
 
     def resume_or_initialise(self) -> Progress:
-        """Loads what the flags say, or draws initial values. Collective.
+        """Loads what the flags say, or draws initial values; the newest of persistent and other saves. Collective.
 
         Raises:
             ConfigError: nothing to load though it must be; a checkpoint that is damaged, of another architecture, or
@@ -109,6 +125,17 @@ class Checkpointer:
         """
         flags = self.config.checkpoint
         path = find(flags.load, flags.ckpt_step) if flags.load else None
+        if (own := self._newer_local(path)) is not None:
+            return self._load(own, ranks=ALONE)
+        progress = self._start(self._newer_global(path))
+        if (folder := self._local_folder) is not None:
+            # They are older than where the run stands, or of a future that it has left.
+            local.clear(folder, keep=None)
+        return progress
+
+    def _start(self, path: Path | None) -> Progress:
+        """Starts from a checkpoint, or without one."""
+        flags = self.config.checkpoint
         if path is None:
             if flags.load and flags.exit_on_missing_checkpoint:
                 raise ConfigError(f"--load {flags.load}", "holds no checkpoint", "correct the path")
@@ -117,6 +144,47 @@ class Checkpointer:
             self.step.initialise()
             return Progress()
         return self._take_weights(path) if flags.finetune else self._load(path)
+
+    def _newer_local(self, path: Path | None) -> Path | None:
+        """This rank's part of a whole local checkpoint that is newer than the one found."""
+        folder = self._local_folder
+        if folder is None or not self._takes_newest:
+            return None
+        return local.find(folder, self._run, layout_sizes(self.mesh), None if path is None else load_iteration(path))
+
+    def _newer_global(self, path: Path | None) -> Path | None:
+        """The checkpoint found, or a non-persistent one that is newer."""
+        flags = self.config.checkpoint
+        if flags.non_persistent_ckpt_type != "global" or not self._takes_newest:
+            return path
+        try:
+            other = find(Path(flags.save or "") / NON_PERSISTENT)
+        except ConfigError as error:
+            log.warning("%s", error)
+            return path
+        newer = other is not None and (path is None or load_iteration(other) > load_iteration(path))
+        return other if newer else path
+
+    @property
+    def _takes_newest(self) -> bool:
+        """Whether non-persistent saves count: the run goes on with what it saves to, where it was."""
+        flags = self.config.checkpoint
+        if flags.non_persistent_save_interval is None or flags.save is None or flags.load is None:
+            return False
+        same = Path(flags.save).absolute() == Path(flags.load).absolute()
+        return same and flags.ckpt_step is None and not flags.finetune
+
+    @property
+    def _local_folder(self) -> str | None:
+        """Where ranks save for themselves; None if they don't."""
+        flags = self.config.checkpoint
+        is_local = flags.non_persistent_save_interval is not None and flags.non_persistent_ckpt_type == "local"
+        return flags.non_persistent_local_ckpt_dir if is_local else None
+
+    @property
+    def _run(self) -> str:
+        """What tells this run's local checkpoints from others'."""
+        return str(Path(self.config.checkpoint.save or "").absolute())
 
     def _start_from(self, folder: str) -> Progress:
         path = find(folder)
@@ -149,14 +217,18 @@ class Checkpointer:
         path = find(save_folder, self._saved.iteration)
         return None if path is None else self._load(path, resume=True)
 
-    def _load(self, path: Path, resume: bool = False) -> Progress:
-        """Loads a checkpoint; with ``resume`` whole, whatever the flags say of the one to start from."""
+    def _load(self, path: Path, resume: bool = False, ranks: Alone | None = None) -> Progress:
+        """Loads a checkpoint, all ranks together or each its own.
+
+        With ``resume`` whole, whatever the flags say of the one to start from.
+        """
         flags = self.config.checkpoint
         if resume:
             flags = replace(flags, no_load_optim=False, no_load_rng=False)
         with_optimizer = not flags.no_load_optim
-        self.step.optimizer.restore(self.config, load_iteration(path))
-        manifest = load(path, self._pieces(with_optimizer), self.config)
+        self.step.optimizer.restore(self.config, load_iteration(path, ranks))
+        read = load if ranks is None else local.load
+        manifest = read(path, self._pieces(with_optimizer), self.config)
         self.step.main.publish()
         self.guard.load_state(manifest.extra.get("guard", {}))
         if with_optimizer:
@@ -177,7 +249,7 @@ class Checkpointer:
                 "give the same flags, or --override-opt-param-scheduler to go on with the new ones",
             )
         if not flags.no_load_rng:
-            load_rng(path, layout_sizes(self.mesh))
+            load_rng(path, layout_sizes(self.mesh), ranks)
         progress = Progress(manifest.iteration, manifest.consumed_samples)
         if flags.save and Path(flags.save).absolute() == path.parent:
             self._saved = progress

@@ -16,17 +16,21 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_mup.config import Config
+from megatron_mup.kernels.fp8 import saturated
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.optimizer import learning_rate_class
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import Block, Role
 from megatron_mup.parametrization.table import forward_multipliers
 from megatron_mup.training.forward_backward import Batch
-from megatron_mup.training.observe import class_of, watch, watch_attention
+from megatron_mup.training.observe import class_of, watch, watch_attention, watch_fp8
 from megatron_mup.training.step import StepResult, TrainStep
 
 POWER_ITERATIONS = 16
 """Products with each matrix and its transpose. Every diagnosis starts anew, so that a resumed run finds the same."""
+
+SHARES = ("second moments", "fp8 ")
+"""Names of quotients that are shares; all others are mean squares."""
 
 Scalars = tuple[list[str], torch.Tensor]
 """Names, and their values on the device, equal on all ranks."""
@@ -56,7 +60,8 @@ class Diagnostics:
     """Measures around one step. Collective over all ranks.
 
     Activations and attention logits are those of a forward pass of its own over the step's batch, without dropout and
-    uncompiled, so a diagnosis costs about a third of a step more, and a copy of this rank's main parameters.
+    uncompiled, so a diagnosis costs about a third of a step more, and a copy of this rank's main parameters. FP8's take
+    a backward pass too, so they cost a step.
 
     Args:
         step: the run's step.
@@ -83,6 +88,8 @@ class Diagnostics:
         """
         pairs = _Pairs(self.mesh.device)
         self._activations(batch, pairs)
+        if self.config.fp8.fp8_format is not None:
+            self._fp8(batch, pairs)
         before = [main.value.clone() for main in self._params]
         with torch.enable_grad():
             result = take_step()
@@ -105,6 +112,20 @@ class Diagnostics:
 
         with watch(self.step.model, seen), watch_attention(self.step.model, logits):
             self.step.evaluate(batch)
+
+    def _fp8(self, batch: Batch, pairs: _Pairs) -> None:
+        """What each layer casts: largest value, shares that become 0 and that are cut to the end of the range."""
+
+        def seen(layer: str, kind: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+            place, size = f"{kind}/{layer.removeprefix('decoder.layers.')}", values.detach().abs()
+            lost = (size > 0) & (saturated(size, dtype).float() == 0)
+            pairs.raise_to(f"fp8 amax/{place}", size.max())
+            pairs.add(f"fp8 underflow/{place}", lost.sum(), size.numel())
+            pairs.add(f"fp8 saturation/{place}", (size > torch.finfo(dtype).max).sum(), size.numel())
+
+        with torch.enable_grad(), watch_fp8(self.step.model, seen):
+            self.step.forward_backward(batch, torch.ones((), device=self.mesh.device))
+        self.step.main.zero_grad()
 
     def _updates(self, before: list[torch.Tensor], pairs: _Pairs) -> None:
         """RMS of the step over RMS of the weights, by class."""
@@ -147,7 +168,7 @@ class Diagnostics:
 
     def _hidden(self) -> list[MainParam]:
         """Hidden matrices of this stage that are no stacks of experts: those are many, and differ by rank."""
-        return [m for m in self.step.main.params if m.meta.role.is_hidden_matrix and not m.meta.role.is_expert]
+        return [m for m in self.step.main.params if m.meta.role.is_orthonormalized and not m.meta.role.is_expert]
 
     def _reduced(self, pairs: _Pairs) -> Scalars:
         """Brings all ranks together: one sum, one maximum."""
@@ -163,7 +184,7 @@ class Diagnostics:
         dist.all_reduce(sums)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         quotients = sums[:, 0] / sums[:, 1]
-        shares = torch.tensor([name.startswith("second moments") for name in means], device=self.mesh.device)
+        shares = torch.tensor([name.startswith(SHARES) for name in means], device=self.mesh.device)
         return [*means, *tops], torch.cat([torch.where(shares, quotients, quotients.sqrt()), most])
 
     def _agree(self, pairs: _Pairs) -> tuple[list[str], list[str]]:

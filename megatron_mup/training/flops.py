@@ -17,7 +17,8 @@ def flops_per_token(
 ) -> float:
     """Operations of forward and backward for one token, counted as published tables count them.
 
-    ``6 x matrix parameters + a x layers x heads x head width x seq_length``. Matrix parameters are those of the
+    ``6 x matrix parameters + a x layers x heads x head width x seq_length``, the head width being the mean of that of
+    queries and that of values. Matrix parameters are those of the
     layers and of the output layer (tied or not), of routed experts those that a token goes to; embeddings, norms,
     biases and the padding of the vocabulary count nothing, recomputed activations neither. Attention's two products
     over scores take ``12`` for every pair of positions (``a = 12``, ``full``: torchtitan, Megatron-LM's older tables);
@@ -34,17 +35,17 @@ def flops_per_token(
     Returns:
         FLOP per token; a multiplication and an addition are two.
     """
-    attention_width = model.num_attention_heads * model.head_dim
-    qkv_width = (model.num_attention_heads + 2 * model.query_groups) * model.head_dim
+    # Queries times keys, and weights times values.
+    attention_width = model.num_attention_heads * (model.head_dim + model.value_dim)
     mlp_matrices = 3 if model.swiglu else 2
     dense = mlp_matrices * model.ffn_size
-    # Rows and columns of hidden size, layer by layer: of attention, and of the MLP or of router and experts.
+    # Rows and columns of hidden size, layer by layer: of the MLP, or of router and experts.
     widths = [
-        qkv_width + attention_width + (_active_width(model, moe) if has_experts else dense)
+        _active_width(model, moe) if has_experts else dense
         for has_experts in (moe or MoEConfig()).layers(model.num_layers)
     ]
-    matrices = model.hidden_size * (sum(widths) + vocab_size)
-    per_pair = 6 if causal == "half" else 12
+    matrices = model.hidden_size * (sum(widths) + vocab_size) + model.num_layers * model.attention_weights
+    per_pair = 3 if causal == "half" else 6
     return float(6 * matrices + per_pair * model.num_layers * attention_width * seq_length)
 
 

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from megatron_mup.config import Config
-from megatron_mup.models.gpt import GPT
-from megatron_mup.parallel.data_parallel import compute_dtype, set_last_micro_batch
+from megatron_mup.models.chunks import Model
+from megatron_mup.parallel.data_parallel import set_last_micro_batch
 from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.training.pipeline import Pipeline
 
 Batch = dict[str, torch.Tensor]
 INPUTS = ("labels", "position_ids", "document_ids", "sample_index")
 
 
 class ForwardBackward:
-    """Runs a stage over a step's micro-batches.
+    """Runs this rank's part of the model over a step's micro-batches.
 
     Args:
-        model: this rank's stage.
+        model: this rank's stages.
         config: the run's configuration.
         mesh: the run's mesh.
+        after_weights: called when gradients of weights were set without the notice of autograd's hooks, as some
+            pipeline schedules do.
     """
 
-    def __init__(self, model: GPT, config: Config, mesh: Mesh) -> None:
+    def __init__(
+        self, model: Model, config: Config, mesh: Mesh, after_weights: Callable[[], None] = lambda: None
+    ) -> None:
         self.model, self.config, self.mesh = model, config, mesh
-        self._schedules: dict[int, Schedule1F1B] = {}
+        self._pipeline = Pipeline(model, config, mesh, after_weights) if mesh.size("pp") > 1 else None
         self._divisor = torch.ones((), device=mesh.device)
 
     def __call__(self, batch: Batch, divisor: torch.Tensor, train: bool = True) -> torch.Tensor:
@@ -44,55 +50,24 @@ class ForwardBackward:
         count = len(batch["tokens"]) // self.config.training.micro_batch_size
         self.model.train(train)
         self._divisor = divisor
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        if self.mesh.size("pp") > 1:
-            return self._pipelined(batch["tokens"], inputs, count, train)
+        parts = {name: batch[name].chunk(count) for name in INPUTS if name in batch}
+        inputs = [{name: part[index] for name, part in parts.items()} for index in range(count)]
+        if self._pipeline is not None:
+            return self._pipelined(self._pipeline, batch["tokens"], inputs, train)
         total = torch.zeros(2, device=self.mesh.device)
-        parts = {name: value.chunk(count) for name, value in inputs.items()}
         with torch.set_grad_enabled(train):
             for index, tokens in enumerate(batch["tokens"].chunk(count)):
                 set_last_micro_batch(self.model, index == count - 1)
-                loss = self.model(tokens, **{name: part[index] for name, part in parts.items()})
+                loss = self.model(tokens, **inputs[index])
                 if train:
                     self._objective(loss).backward()
                 total += loss.detach()[0]
         return total
 
-    def _pipelined(self, tokens: torch.Tensor, inputs: Batch, count: int, train: bool) -> torch.Tensor:
-        schedule = self._schedule(count)
-        run = schedule.step if train else schedule.eval
-        target = torch.zeros(count, device=self.mesh.device)
-        losses: list[torch.Tensor] = []
+    def _pipelined(self, pipeline: Pipeline, tokens: torch.Tensor, inputs: list[Batch], train: bool) -> torch.Tensor:
         with torch.set_grad_enabled(train):
-            outputs = run(*([tokens] if self.mesh.is_first_stage else []), target=target, losses=losses, **inputs)
-        if not self.mesh.is_last_stage:
-            return torch.zeros(2, device=self.mesh.device)
-        return outputs.detach().sum(0)
+            outputs = pipeline.train(tokens, inputs, self._objective) if train else pipeline.evaluate(tokens, inputs)
+        return torch.zeros(2, device=self.mesh.device) if outputs is None else outputs.sum(0)
 
-    def _objective(self, loss: torch.Tensor, _target: torch.Tensor | None = None) -> torch.Tensor:
+    def _objective(self, loss: torch.Tensor) -> torch.Tensor:
         return loss[0, 0] / self._divisor
-
-    def _schedule(self, count: int) -> Schedule1F1B:
-        """The schedule for so many micro-batches. Shapes are given, so that no trial pass runs through the model."""
-        if count not in self._schedules:
-            training, hidden = self.config.training, self.config.model.hidden_size
-            length = training.seq_length
-            if self.config.parallel.sequence_parallel:
-                length //= self.mesh.size("tp")
-            with torch.device("meta"):
-                state = torch.empty(
-                    length, training.micro_batch_size, hidden, dtype=compute_dtype(self.config), requires_grad=True
-                )
-                tokens = torch.empty(training.micro_batch_size, training.seq_length, dtype=torch.long)
-                loss = torch.empty(1, 2, requires_grad=True)
-            stage = PipelineStage(
-                self.model,
-                self.mesh.rank("pp"),
-                self.mesh.size("pp"),
-                self.mesh.device,
-                input_args=tokens if self.mesh.is_first_stage else state,
-                output_args=loss if self.mesh.is_last_stage else state,
-                group=self.mesh.group("pp"),
-            )
-            self._schedules[count] = Schedule1F1B(stage, count, loss_fn=self._objective, scale_grads=False)
-        return self._schedules[count]

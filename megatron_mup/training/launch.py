@@ -7,11 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_mup.checkpoint.background import GROUP
 from megatron_mup.config import Config, ConfigError
+from megatron_mup.training.flight import FOLDER, record_collectives
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,9 @@ def init_process_group(config: Config, launch: Launch) -> torch.device:
     if address is not None:
         os.environ.setdefault("MASTER_ADDR", address[0])
         os.environ.setdefault("MASTER_PORT", str(address[1]))
+    record_collectives(config.checkpoint.save)
+    if use_gpu and config.checkpoint.save is not None:
+        Path(config.checkpoint.save, FOLDER).mkdir(parents=True, exist_ok=True)
     dist.init_process_group(
         "nccl" if use_gpu else "gloo",
         rank=launch.rank,
@@ -136,3 +142,16 @@ def init_process_group(config: Config, launch: Launch) -> torch.device:
         device_id=device if use_gpu else None,
     )
     return device
+
+
+def shorten_timeouts(config: Config) -> None:
+    """Gives ``--distributed-timeout-seconds-after-init`` to all groups but that of saves, which may wait for a disk.
+
+    The first step waits for compilers, kernels and connections that later ones find ready.
+    """
+    seconds = config.parallel.distributed_timeout_seconds_after_init
+    if seconds is None:
+        return
+    for group in dist.distributed_c10d._world.pg_map:
+        if group.group_desc != GROUP:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

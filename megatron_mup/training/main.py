@@ -14,8 +14,12 @@ from megatron_mup.config import Config, ConfigError, check_paths, parse_config, 
 from megatron_mup.models.gpt import parameter_metas
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.report import format_table, table_rows
+from megatron_mup.training.deepspeed_engine import check_deepspeed
 from megatron_mup.training.guard import BrokenRunError
 from megatron_mup.training.launch import Launch, init_process_group
+from megatron_mup.training.memory import is_out_of_memory, out_of_memory
+from megatron_mup.training.precision import settle_fp8
+from megatron_mup.training.sinks import check_sinks
 from megatron_mup.training.trainer import Trainer, vocabulary_size
 
 EXIT_CONFIG = 2
@@ -41,7 +45,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         device = init_process_group(config, launch)
-        return _run(config, device, launch)
+        try:
+            return _run(config, device, launch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(error, config, device, launch.world_size) from error
     except ConfigError as error:
         # Devices, data and checkpoints may fail on one rank alone, so each says so.
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr)
@@ -65,11 +74,14 @@ def _configure(argv: Sequence[str], launch: Launch) -> tuple[Config, bool]:
         return parsed.config, True
     warnings = [*parsed.warnings, *validate(parsed.config, launch.world_size, parsed.explicit)]
     check_paths(parsed.config)
+    check_sinks(parsed.config)
+    check_deepspeed(parsed.config)
     config = replace(parsed.config, model=replace(parsed.config.model, vocab_size=vocabulary_size(parsed.config)))
     validate(config, launch.world_size)
     table_rows(parameter_metas(config, config.model.vocab_size or 1), config)  # what has no rule is refused here
+    config, missing = settle_fp8(config)
     if launch.rank == 0:
-        for warning in warnings:
+        for warning in [*warnings, *missing]:
             print(f"warning: {warning}", file=sys.stderr)
     return config, False
 

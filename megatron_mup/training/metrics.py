@@ -10,17 +10,20 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from megatron_mup.config import Config
 from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.training.about import about_run
 from megatron_mup.training.console import Interval, open_console
 from megatron_mup.training.flops import flops_per_token, peak_flops
 from megatron_mup.training.guard import BrokenRunError
 from megatron_mup.training.routing import routing_metrics
-from megatron_mup.training.sinks import check_sinks, open_sinks
+from megatron_mup.training.sinks import open_sinks
+from megatron_mup.training.stragglers import Stragglers
 
 GIB = 1 << 30
 
@@ -121,7 +124,7 @@ class Metrics:
         timer: times the phases of a step: ``with metrics.timer("data"): ...``.
 
     Raises:
-        ConfigError: a sink whose package is missing.
+        ConfigError: a sink that can't be opened: a foreign metrics file, a port that is taken.
     """
 
     def __init__(
@@ -134,10 +137,10 @@ class Metrics:
         logging_rank: int = 0,
     ) -> None:
         """Opens console and sinks on the logging rank and starts the clock."""
-        check_sinks(config)
         logs = mesh.world.get_rank() == logging_rank
-        self._sinks = open_sinks(config, start_iteration) if logs else []
+        self._sinks = open_sinks(config, start_iteration, about_run(config, mesh)) if logs else []
         self._console = open_console(config, train_iters, start_iteration) if logs else None
+        self._report_files = (config.logging.metrics_file, config.logging.html_report) if logs else (None, None)
         self._device, self._devices = mesh.device, mesh.world.size()
         self._log_interval, self._train_iters = config.logging.log_interval, train_iters
         self._seq_length = config.training.seq_length
@@ -152,6 +155,7 @@ class Metrics:
         has_experts = config.moe.layers(config.model.num_layers)
         self._expert_layers = [layer for layer, has in enumerate(has_experts) if has]
         self._per_layer = config.moe.moe_per_layer_logging
+        self._stragglers = Stragglers(mesh.device) if config.guard.log_straggler else None
         self.timer = StepTimer(mesh.device)
         self._pending: list[_Step] = []
         self._measured: list[tuple[float, float]] = []
@@ -288,6 +292,20 @@ class Metrics:
             self._console.close()
         for sink in self._sinks:
             sink.close()
+        self._write_report()
+
+    def _write_report(self) -> None:
+        """Writes ``--html-report``. The run is over, so a page that can't be made is told and changes nothing else."""
+        metrics_file, html_report = self._report_files
+        if metrics_file is None or html_report is None:
+            return
+        from megatron_mup.training.record import read_json_lines
+        from megatron_mup.training.report import write_report
+
+        try:
+            write_report(read_json_lines(Path(metrics_file)), Path(html_report), Path(metrics_file).stem)
+        except Exception as error:
+            self.message(f"--html-report {html_report} could not be written: {error}")
 
     def _end_interval(self, step: _Step) -> None:
         """Measures the interval that ends with ``step``, and shows and records it."""
@@ -297,6 +315,10 @@ class Metrics:
         per_device = self._tokens / seconds / self._devices
         tflops = {name: per_device * flops / 1e12 for name, flops in self._flops.items()}
         mfu = {name: rate * 1e12 / self._peak for name, rate in tflops.items()} if self._peak else {}
+        phases = {phase: total / steps for phase, total in self.timer.take().items()}
+        ratios, slow = self._stragglers.compare(phases) if self._stragglers is not None else ({}, [])
+        for line in slow:
+            self.message(line)
         self._bring_to_host(
             {
                 "throughput/tokens per s": self._tokens / seconds,
@@ -305,7 +327,8 @@ class Metrics:
                 **{f"throughput/MFU ({name})": share for name, share in mfu.items()},
                 **{f"memory/{name}": size for name, size in memory(self._device).items()},
                 "time/step": seconds / steps,
-                **{f"time/{phase}": total / steps for phase, total in self.timer.take().items()},
+                **{f"time/{phase}": taken for phase, taken in phases.items()},
+                **{f"straggler/{phase}": ratio for phase, ratio in ratios.items()},
                 **{f"time/{what}": total for what, total in self._paused.items()},
             }
         )

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_mup.layers.attention import SelfAttention
-from megatron_mup.models.gpt import GPT
+from megatron_mup.layers.attention import Attention
+from megatron_mup.layers.fp8 import StaticLinear
+from megatron_mup.layers.router import Routing
+from megatron_mup.models.chunks import Model
 
 Seen = Callable[[str, nn.Module, tuple[Any, ...], torch.Tensor], None]
 """Called with the full name of a module, the module, its positional inputs and its output."""
@@ -27,7 +29,7 @@ def class_of(name: str) -> str:
 
 
 @contextmanager
-def watch(model: GPT, seen: Seen) -> Iterator[None]:
+def watch(model: Model, seen: Seen) -> Iterator[None]:
     """Shows ``seen`` the output of every module of a stage as it is computed, eagerly, in forward order.
 
     A module that hands on what one inside it put out is left out, and so is the stage itself. Logits come with their
@@ -36,6 +38,7 @@ def watch(model: GPT, seen: Seen) -> Iterator[None]:
     last: list[torch.Tensor | None] = [None]
 
     def hook(name: str, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+        output = numbers(output)
         if not isinstance(output, torch.Tensor) or output is last[0]:
             return
         last[0] = output
@@ -44,29 +47,36 @@ def watch(model: GPT, seen: Seen) -> Iterator[None]:
     handles = [
         module.register_forward_hook(partial(hook, name))
         for name, module in model.named_modules()
-        if module is not model
+        if module not in (model, *model.parts)
     ]
+    model.watched = True
     # Compiled code would not call the hooks.
     with torch.compiler.set_stance("force_eager"):
         try:
             yield
         finally:
+            model.watched = False
             for handle in handles:
                 handle.remove()
 
 
+def numbers(output: object) -> object:
+    """What a module puts out; of a router the logits."""
+    return output.logits if isinstance(output, Routing) else output
+
+
 @contextmanager
-def watch_attention(model: GPT, seen: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def watch_attention(model: Model, seen: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Shows ``seen`` the logits of attention, scale included: a layer's name and ``[seq, seq]`` of a few heads of one
     sample at a time, ``-inf`` where a query may not look.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SelfAttention)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
 
     def show(name: str, scale: float, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
         heads = query.shape[1] // key.shape[1]
         allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
         for sample in range(query.shape[0]):
-            visible = allowed if mask is None else mask[sample, 0]
+            visible = allowed if mask is None else mask[sample % len(mask), 0]
             for group in range(key.shape[1]):
                 asked = query[sample, group * heads : (group + 1) * heads]
                 logits = (asked @ key[sample, group].t()).float() * scale
@@ -79,3 +89,19 @@ def watch_attention(model: GPT, seen: Callable[[str, torch.Tensor], None]) -> It
     finally:
         for layer in layers.values():
             layer.watcher = None
+
+
+@contextmanager
+def watch_fp8(model: Model, seen: Callable[[str, str, torch.Tensor, torch.dtype], None]) -> Iterator[None]:
+    """Shows ``seen`` what FP8 layers multiply, eagerly: a layer's name, ``input``, ``weight`` or ``gradient``, the
+    values in front of the cast, and its type.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, StaticLinear)}
+    for name, layer in layers.items():
+        layer.watcher = partial(seen, name)
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            yield
+        finally:
+            for layer in layers.values():
+                layer.watcher = None

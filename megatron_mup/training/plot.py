@@ -1,15 +1,21 @@
-"""The loss curve of a run as a picture."""
+"""Curves of a run as pictures."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+from collections.abc import Mapping
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
+
+POINTS = 600
+"""Most points of a curve in a chart; what has more is averaged."""
 
 TRAIN, TOKENS, VALIDATION = "train/lm loss", "train/consumed tokens", "validation/lm loss"
 
@@ -60,6 +66,41 @@ def loss_curve(metrics_file: str, png: str, title: str) -> None:
     right.set_ylabel("perplexity")
     os.makedirs(os.path.dirname(png) or ".", exist_ok=True)
     figure.savefig(png)
+
+
+def chart_svg(title: str, curves: Mapping[str, Mapping[int, float]]) -> str:
+    """A chart over iterations as an ``<svg>`` element; each curve has values by rising iteration, and at least one."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, curve) in enumerate(curves.items()):
+        iterations, values = thinned(np.array(list(curve)), np.array(list(curve.values()), dtype=float))
+        # There are ten colours.
+        style = ("-", "--", ":", "-.")[number // 10 % 4]
+        marker = "o" if len(values) < 40 else None
+        axes.plot(iterations, values, linewidth=1.2, linestyle=style, marker=marker, markersize=3, label=name)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=7, ncols=1 + (len(curves) - 1) // 8)
+    text = io.StringIO()
+    # Text stays text; nothing about time and program.
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def thinned(places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `POINTS` points: means over equal stretches of a longer curve."""
+    if len(values) <= POINTS:
+        return places, values
+    stretch = np.minimum((places - places[0]) * POINTS // (places[-1] - places[0]), POINTS - 1)
+    count = np.bincount(stretch, minlength=POINTS)
+    there = count > 0
+    means = (np.bincount(stretch, weights=sums, minlength=POINTS)[there] / count[there] for sums in (places, values))
+    return next(means), next(means)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

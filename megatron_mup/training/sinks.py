@@ -1,4 +1,4 @@
-"""Where metrics are recorded: TensorBoard, Weights & Biases, a file of JSON lines."""
+"""Where metrics are recorded: TensorBoard, Weights & Biases, a file of JSON lines, a Prometheus endpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-from megatron_mup.config import Config, ConfigError, to_dict
+from megatron_mup.config import Config, ConfigError, to_yaml
+from megatron_mup.training.dashboard import DASHBOARD
+from megatron_mup.training.prometheus import Prometheus
 
 Scalars = Mapping[str, float]
+
+RUN = "run"
+"""Name under which a record says what `about_run` gives."""
 
 
 class Sink(Protocol):
@@ -31,37 +36,54 @@ def check_sinks(config: Config) -> None:
     """Refuses sinks whose package is missing; called on every rank, so that all of them stop.
 
     Raises:
-        ConfigError: ``--wandb-project`` without the wandb package.
+        ConfigError: ``--wandb-project`` or ``--prometheus-port`` without its package.
     """
-    project = config.logging.wandb_project
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"--wandb-project {project}",
-            "the package wandb is not installed",
-            "pip install 'megatron-mup[wandb]', or leave the flag out (--tensorboard-dir needs no extra)",
-        )
+    logging = config.logging
+    for flag, value, package, module in (
+        ("--wandb-project", logging.wandb_project, "wandb", "wandb"),
+        ("--prometheus-port", logging.prometheus_port, "prometheus", "prometheus_client"),
+    ):
+        if value is not None and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"{flag} {value}",
+                f"the package {module} is not installed",
+                f"pip install 'megatron-mup[{package}]', or leave the flag out (--tensorboard-dir needs no extra)",
+            )
 
 
-def open_sinks(config: Config, start_iteration: int) -> list[Sink]:
-    """The sinks that the configuration names, going on after ``start_iteration``."""
+def open_sinks(config: Config, start_iteration: int, about: Mapping[str, Any]) -> list[Sink]:
+    """The sinks that the configuration names, going on after ``start_iteration``; ``about`` is of `about_run`."""
     logging, sinks = config.logging, list[Sink]()
+    # First, for it may fail.
+    if logging.prometheus_port is not None:
+        sinks.append(Prometheus(logging.prometheus_port, about))
     if logging.tensorboard_dir is not None:
-        sinks.append(TensorBoard(logging.tensorboard_dir, start_iteration))
+        sinks.append(TensorBoard(logging.tensorboard_dir, start_iteration, about))
     if logging.wandb_project is not None:
-        sinks.append(Wandb(config))
+        sinks.append(Wandb(config, about))
     if logging.metrics_file is not None:
-        sinks.append(JsonLines(logging.metrics_file, start_iteration))
+        sinks.append(JsonLines(logging.metrics_file, start_iteration, about))
     return sinks
 
 
 class TensorBoard:
-    """Event files in a folder. Events beyond ``start_iteration`` from an earlier start are hidden (``purge_step``)."""
+    """Event files in a folder, with charts of `DASHBOARD` under *Custom scalars* and the configuration under *Text*.
 
-    def __init__(self, folder: str, start_iteration: int) -> None:
+    Events beyond ``start_iteration`` from an earlier start are hidden (``purge_step``).
+    """
+
+    def __init__(self, folder: str, start_iteration: int, about: Mapping[str, Any]) -> None:
         """Opens a new event file in the folder."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(folder, purge_step=start_iteration + 1)
+        self._writer.add_custom_scalars(
+            {
+                group: {chart.title: ["Multiline", [f"^{name}$" for name in chart.names]] for chart in charts}
+                for group, charts in DASHBOARD.items()
+            }
+        )
+        self._writer.add_text(RUN, f"```yaml\n{to_yaml(about)}```", start_iteration)
 
     def write(self, iteration: int, scalars: Scalars) -> None:
         """Adds one point to each curve."""
@@ -78,12 +100,12 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run with the configuration attached.
+    """A Weights & Biases run with the configuration attached. The x axis of its charts is the iteration.
 
     Its own environment variables hold: ``WANDB_MODE=offline`` keeps the run on disk, ``WANDB_RUN_ID`` continues a run.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, about: Mapping[str, Any]) -> None:
         """Starts the run, or continues the one of ``WANDB_RUN_ID``."""
         import wandb
 
@@ -95,13 +117,18 @@ class Wandb:
             name=logging.wandb_exp_name,
             entity=logging.wandb_entity,
             dir=logging.wandb_save_dir,
-            config=to_dict(config),
+            config={RUN: {k: v for k, v in about.items() if k != "configuration"}, **about["configuration"]},
             resume="allow",
         )
+        # wandb's own steps never go back, and it drops what comes for one that has passed; a run that goes on from a
+        # checkpoint repeats iterations.
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
+        self._run.define_metric("validation/lm loss", step_metric="iteration", summary="min,last")
 
     def write(self, iteration: int, scalars: Scalars) -> None:
         """Logs the scalars at the iteration."""
-        self._run.log(dict(scalars), step=iteration)
+        self._run.log({"iteration": iteration, **scalars})
 
     def flush(self) -> None:
         """Nothing to do: wandb uploads in the background."""
@@ -114,13 +141,14 @@ class Wandb:
 class JsonLines:
     """A file with one JSON object per line: ``iteration`` and the scalars by name; ``null`` where not finite.
 
-    The file stays the history of one run: lines of iterations beyond ``start_iteration``, which the run that goes on
-    is about to repeat, and a torn last line are cut off. A run that starts at iteration 0 moves an older file aside,
-    to the first free one of ``<file>.1``, ``<file>.2``, …
+    Each start of the run begins with a line that holds what `about_run` gives under ``run``. The file stays the
+    history of one run: lines of iterations beyond ``start_iteration``, which the run that goes on is about to repeat,
+    and a torn last line are cut off. A run that starts at iteration 0 moves an older file aside, to the first free one
+    of ``<file>.1``, ``<file>.2``, …
     """
 
-    def __init__(self, path: str, start_iteration: int) -> None:
-        """Opens the file for appending.
+    def __init__(self, path: str, start_iteration: int, about: Mapping[str, Any]) -> None:
+        """Opens the file for appending and writes the line of this start.
 
         Raises:
             ConfigError: a file to go on with that holds something else.
@@ -132,6 +160,8 @@ class JsonLines:
             else:
                 os.truncate(path, _history_length(path, start_iteration))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file.write(json.dumps({"iteration": start_iteration, RUN: about}) + "\n")
+        self._file.flush()
 
     def write(self, iteration: int, scalars: Scalars) -> None:
         """Appends one line."""

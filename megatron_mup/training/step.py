@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_mup.config import Config
 from megatron_mup.layers.loss import IGNORE
-from megatron_mup.models.gpt import GPT, parameter_metas
+from megatron_mup.models.chunks import Model
+from megatron_mup.models.gpt import parameter_metas
 from megatron_mup.optim.clip import clip_, global_grad_norm
 from megatron_mup.optim.main_params import MainParams
 from megatron_mup.optim.optimizer import Optimizer
@@ -65,18 +66,20 @@ class TrainStep:
     """The model, its optimizer, and what a step does with them.
 
     Args:
-        model: this rank's stage, without values.
+        model: this rank's stages, without values.
         config: validated configuration.
         mesh: the run's mesh.
     """
 
-    def __init__(self, model: GPT, config: Config, mesh: Mesh) -> None:
+    def __init__(self, model: Model, config: Config, mesh: Mesh) -> None:
         self.model, self.config, self.mesh = model, config, mesh
         self.main = MainParams(model, model.metas, config, mesh)
         self.optimizer = Optimizer(self.main.params, config, mesh)
-        self.forward_backward = ForwardBackward(model, config, mesh)
+        self.forward_backward = ForwardBackward(model, config, mesh, self.main.accumulate)
         self.balancing = Balancing(model, config, mesh)
         self.unit_scaled = scales_gradients(config)
+        # FP8 needs gradients of a size that doesn't depend on the number of tokens, until they are summed.
+        self.sums_tokens = self.unit_scaled or config.fp8.fp8_format is not None
         self.largest_norm = config.optimizer.clip_grad
         if self.unit_scaled:
             # Gradients there have a root mean square of about 1, so that is what the limit is for.
@@ -103,11 +106,11 @@ class TrainStep:
         with timer("forward-backward"):
             tokens, requests = self._agree(batch, request)
             self.balancing.begin(len(batch["tokens"]) // self.config.training.micro_batch_size * self.mesh.dp_size)
-            sums = self.forward_backward(batch, torch.ones_like(tokens) if self.unit_scaled else tokens)
+            sums = self.forward_backward(batch, torch.ones_like(tokens) if self.sums_tokens else tokens)
         with timer("gradients"):
             self.main.collect_grads()
-            if self.unit_scaled:
-                self.main.scale_grads(tokens.rsqrt())
+            if self.sums_tokens:
+                self.main.scale_grads(tokens.rsqrt() if self.unit_scaled else tokens.reciprocal())
             norm = global_grad_norm(self.main.params, self.mesh)
             loss = self._mean_loss(sums, tokens)
         taken = gate(loss, norm)
@@ -131,7 +134,7 @@ class TrainStep:
         """Valid tokens of the global batch (0-d fp32, at least one) and the sum of requests, in one collective."""
         counts = torch.stack([(batch["labels"] != IGNORE).sum(), torch.full_like(batch["labels"][0, 0], request)])
         dist.all_reduce(counts)
-        tokens = counts[0] // (self.mesh.size("tp") * self.mesh.size("pp"))
+        tokens = counts[0] // self.config.parallel.model_parallel_size
         return tokens.clamp(min=1).float(), counts[1]
 
     def _mean_loss(self, sums: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,13 @@ from megatron_mup.optim.schedule import LRSchedule
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.training.batch_size import BatchSizeRamp
 from megatron_mup.training.checkpointing import Checkpointer, Progress
+from megatron_mup.training.deepspeed_engine import DeepSpeedStep
 from megatron_mup.training.diagnostics import Diagnostics
 from megatron_mup.training.forward_backward import Batch
 from megatron_mup.training.guard import BrokenRunError, Guard
+from megatron_mup.training.launch import shorten_timeouts
 from megatron_mup.training.metrics import Metrics
+from megatron_mup.training.replicas import check_replicas
 from megatron_mup.training.signals import EXIT_FINISHED, EXIT_STOPPED, StopRequest
 from megatron_mup.training.step import TrainStep
 from megatron_mup.training.watchdog import Watchdog
@@ -78,7 +81,8 @@ class Trainer:
         self.length = Length.of(config, self.ramp)
         self.schedule = LRSchedule.from_config(config, self.ramp.full)
         self.train_data, self.valid_data = self._loaders()
-        self.step = TrainStep(build_model(config, vocab_size, mesh), config, mesh)
+        step = DeepSpeedStep if config.parallel.distributed_engine == "deepspeed" else TrainStep
+        self.step = step(build_model(config, vocab_size, mesh), config, mesh)
         self.diagnostics = Diagnostics(self.step, config, mesh)
         # Of all stages: the rank that logs holds one.
         metas = parameter_metas(config, vocab_size)
@@ -96,17 +100,25 @@ class Trainer:
         stop = StopRequest(training.exit_duration_in_mins, self.mesh.device)
         with metrics, stop, self.watchdog:
             self.checkpointer.tell(metrics.message)
+            first = self.progress.iteration + 1
             while self.progress.iteration < self.length.iterations:
                 self._one_iteration(metrics, stop)
+                if self.progress.iteration == first:
+                    shorten_timeouts(config)
                 if self.guard.exhausted:
                     self._roll_back(metrics)
                     continue
                 done = self.progress.iteration
+                if self._is_due(config.guard.check_weight_hash_across_dp_replicas_interval):
+                    with self.watchdog.phase("comparing replicas"), metrics.pause("comparing replicas"):
+                        check_replicas(self.step.main.params, self.mesh, done)
                 evaluated = self._is_due(training.eval_interval)
                 if evaluated:
                     self._evaluate(metrics)
                 if self._is_due(config.checkpoint.save_interval):
                     self._save(metrics)
+                elif done < self.length.iterations and self._is_due(config.checkpoint.non_persistent_save_interval):
+                    self._save(metrics, persistent=False)
                 with self.watchdog.phase("waiting for the device"):
                     reason = stop.agreed()
                 if reason and done < self.length.iterations:
@@ -125,13 +137,13 @@ class Trainer:
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.iteration % interval == 0
 
-    def _save(self, metrics: Metrics) -> None:
+    def _save(self, metrics: Metrics, persistent: bool = True) -> None:
         """Saves unless this iteration is saved; a run with a broken loss stops before."""
         if self.checkpointer.is_saved(self.progress):
             return
         metrics.flush()
         with self.watchdog.phase("checkpoint"), metrics.pause("checkpoint"):
-            self.checkpointer.save(self.progress)
+            self.checkpointer.save(self.progress, persistent)
 
     def __enter__(self) -> Trainer:
         """The trainer itself."""

@@ -12,13 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from megatron_mup.training.flight import last_collective
+from megatron_mup.training.rollcall import RollCall
 from megatron_mup.training.step import PhaseTimer
+
+_LONGEST_PERIOD, _LEAST_PATIENCE = 5.0, 1.0
+"""Seconds between two words of a rank at most, and for which it must be silent at least, before that is told."""
 
 
 class Watchdog:
-    """Says on stderr which rank spends too long in one phase of which iteration, with the stacks of its threads.
+    """Says on stderr which rank spends too long in one phase of which iteration, with the stacks of its threads, and
+    where all other ranks are at that time (`rollcall`).
 
-    It only watches: a thread wakes now and then and looks at the clock. Used as a context.
+    It only watches: a thread wakes now and then and looks at the clock. Used as a context, inside which the process
+    group stays.
 
     Args:
         minutes: longest time in one phase without a report; 0 for no watching.
@@ -32,6 +42,7 @@ class Watchdog:
         self._reported = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._roll_call: RollCall | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -57,12 +68,21 @@ class Watchdog:
         """Starts watching."""
         if self._limit:
             self._enter("loop")
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                # The run's own store may be busy for as long as the run waits in it.
+                store = PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
+                period = min(self._limit / 8, _LONGEST_PERIOD)
+                patience = max(3 * period, _LEAST_PATIENCE)
+                self._roll_call = RollCall(store, self._rank, dist.get_world_size(), self._where, period, patience)
+                self._roll_call.start()
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Ends it."""
         self._ended.set()
+        if self._roll_call is not None:
+            self._roll_call.stop()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -78,6 +98,14 @@ class Watchdog:
             if spent > self._limit and not self._reported:
                 self._reported = True
                 print(self._report(phase, spent), file=sys.stderr, flush=True)
+                if self._roll_call is not None and (others := self._roll_call.ask(f"{self._iteration()}/{phase}")):
+                    print(others, file=sys.stderr, flush=True)
+
+    def _where(self) -> str:
+        """Phase and iteration; and the collective, where the phase begins to last."""
+        place = f"{self._phase} of iteration {self._iteration() + 1}"
+        lasts = time.monotonic() - self._since > self._limit / 2
+        return f"{place}, {last_collective()}" if lasts else place
 
     def _report(self, phase: str, spent: float) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -87,5 +115,7 @@ class Watchdog:
             if ident != threading.get_ident()
         ]
         where = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})"
-        head = f"{where} has been in {phase} of iteration {self._iteration() + 1} for {spent:.0f} s. It is here:"
+        collective = f"; it {last_collective()}" if dist.is_initialized() else ""
+        head = f"{where} has been in {phase} of iteration {self._iteration() + 1} for {spent:.0f} s{collective}."
+        head += " It is here:"
         return "\n".join([head, *stacks])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_mup.config import Config, ConfigError, validate
 from megatron_mup.parallel.mesh import Mesh
-from megatron_mup.parametrization.schemes import Operations
+from megatron_mup.parametrization.schemes import Kind, Operations
 from megatron_mup.parametrization.table import scheme_of
 from megatron_mup.transfer.coordinates import measure_sizes
-from megatron_mup.transfer.sizes import Growth, pin_base, resize
+from megatron_mup.transfer.sizes import Growth, Size, pin_base, resize
 from megatron_mup.transfer.verdict import TOLERANCE, Axis, Exponents, Verdict, judge, write_csv
 
 
@@ -22,6 +23,7 @@ class CheckPlan:
 
     Attributes:
         widths, depths: hidden sizes and numbers of layers; every pair is trained.
+        experts: numbers of experts, each with every pair; none: the recipe's.
         steps: optimizer steps of each model.
         seeds: number of seeds, from the recipe's on.
         grow: what grows with the hidden size.
@@ -30,21 +32,22 @@ class CheckPlan:
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
+    experts: tuple[int, ...] = ()
     steps: int = 6
     seeds: int = 1
     grow: Growth = "heads"
     tolerance: float = TOLERANCE
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Every pair of width and depth."""
-        return [(width, depth) for width in self.widths for depth in self.depths]
+    def sizes(self) -> list[Size]:
+        """Every width with every depth and number of experts."""
+        return [Size(*size) for size in itertools.product(self.widths, self.depths, self.experts or (None,))]
 
     @property
     def axes(self) -> list[Axis]:
         """What grows."""
-        several: list[tuple[Axis, tuple[int, ...]]] = [("width", self.widths), ("depth", self.depths)]
-        return [axis for axis, sizes in several if len(sizes) > 1]
+        several: dict[Axis, tuple[int, ...]] = {"width": self.widths, "depth": self.depths, "experts": self.experts}
+        return [axis for axis, sizes in several.items() if len(sizes) > 1]
 
 
 def check_plan(config: Config, plan: CheckPlan, world_size: int) -> Config:
@@ -54,15 +57,19 @@ def check_plan(config: Config, plan: CheckPlan, world_size: int) -> Config:
         ConfigError: fewer than two sizes, or one that cannot work.
     """
     if not plan.axes:
-        raise ConfigError("--widths, --depths", "slopes need at least two sizes", "give --widths 128,256,512")
+        raise ConfigError(
+            "--widths, --depths, --experts", "slopes need at least two sizes", "give --widths 128,256,512"
+        )
+    if plan.experts and config.moe.num_experts is None:
+        raise ConfigError("--experts", "the recipe has no experts", "give --num-experts, or drop it")
     training = replace(
         config.training, bf16=False, torch_compile=False, eval_interval=None, train_iters=plan.steps, train_samples=None
     )
     # A run of a few steps has no room for the schedule of the real one, and takes every step at the peak.
     schedule = type(config.schedule)(lr_decay_style="constant")
     config = pin_base(replace(config, training=training, schedule=schedule))
-    for hidden_size, num_layers in plan.sizes:
-        validate(resize(config, hidden_size, num_layers, plan.grow), world_size)
+    for size in plan.sizes:
+        validate(resize(config, size.hidden_size, size.num_layers, plan.grow, size.num_experts), world_size)
     return config
 
 
@@ -101,8 +108,9 @@ def exponents_of(config: Config) -> Exponents:
 def promises(config: Config) -> list[Axis]:
     """The sizes over which the recipe's parametrization says that hyperparameters carry over."""
     scheme = scheme_of(config)
-    followed: list[tuple[Axis, bool]] = [("width", scheme.width), ("depth", scheme.depth)]
-    return [axis for axis, follows in followed if follows]
+    routers = scheme.width and Kind.ROUTER in scheme.rows
+    followed: dict[Axis, bool] = {"width": scheme.width, "depth": scheme.depth, "experts": routers}
+    return [axis for axis, follows in followed.items() if follows]
 
 
 @dataclass(frozen=True)
@@ -144,11 +152,11 @@ def outcomes(config: Config, verdicts: Sequence[Verdict]) -> list[Outcome]:
 
 def format_outcomes(found: Sequence[Outcome]) -> str:
     """The summary over parametrizations and optimizers as text."""
-    lines = [f"{'parametrization':17} {'optimizer':16} {'axis':6} {'verdict':8} {'failed':>8}  worst"]
+    lines = [f"{'parametrization':17} {'optimizer':16} {'axis':7} {'verdict':8} {'failed':>8}  worst"]
     for o in found:
         note = "" if o.promised or not o.checked else " (not promised)"
         lines.append(
-            f"{o.parametrization:17} {o.optimizer:16} {o.axis:6} {o.word:8} {f'{o.failures}/{o.checked}':>8}  "
+            f"{o.parametrization:17} {o.optimizer:16} {o.axis:7} {o.word:8} {f'{o.failures}/{o.checked}':>8}  "
             f"{o.worst}{note}"
         )
     return "\n".join(lines)

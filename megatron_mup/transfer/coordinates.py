@@ -7,6 +7,7 @@ of the spectral condition (arXiv 2310.17813); `transfer.verdict` judges what is 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,10 +26,11 @@ from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import Block
 from megatron_mup.parametrization.schemes import Operations
 from megatron_mup.parametrization.table import scaling, scheme_of
-from megatron_mup.training.observe import ATTENTION_LOGITS, class_of, watch, watch_attention
+from megatron_mup.progress import track
+from megatron_mup.training.observe import ATTENTION_LOGITS, class_of, numbers, watch, watch_attention
 from megatron_mup.training.step import TrainStep
 from megatron_mup.training.trainer import Trainer
-from megatron_mup.transfer.sizes import Growth, resize
+from megatron_mup.transfer.sizes import Growth, Size, resize
 
 ACTIVATION = "activation"
 CHANGE = "activation change"
@@ -67,6 +69,7 @@ class Row:
 
     hidden_size: int
     num_layers: int
+    num_experts: int
     seed: int
     quantity: str
     name: str
@@ -86,7 +89,9 @@ def measure(config: Config, vocab_size: int, mesh: Mesh, steps: int) -> list[Val
         mesh: the run's mesh.
         steps: optimizer steps; measured after 0, 1, 2, 4, 8 … of them and after the last.
     """
-    config = replace(config, training=replace(config.training, train_iters=max(steps, 1), train_samples=None))
+    training = replace(config.training, train_iters=max(steps, 1), train_samples=None)
+    # Whole matrices are looked at, which DeepSpeed keeps in runs of elements; the engines train the same function.
+    config = replace(config, training=training, parallel=replace(config.parallel, distributed_engine="native"))
     with Trainer(config, vocab_size, mesh) as trainer:
         step, batch = trainer.step, trainer.batch(0, trainer.ramp.full)
         if config.optimizer.optimizer in SPHERES:
@@ -108,26 +113,25 @@ def measure_sizes(
     config: Config,
     vocab_size: int,
     mesh: Mesh,
-    sizes: list[tuple[int, int]],
+    sizes: list[Size],
     steps: int,
     seeds: list[int],
     grow: Growth = "heads",
 ) -> Iterator[Row]:
-    """:func:`measure` for every hidden size and number of layers, and every seed; model by model.
+    """:func:`measure` for every size and every seed; model by model.
 
     Args:
         config: recipe, base sizes written out (`sizes.pin_base`).
         vocab_size, mesh, steps: as in :func:`measure`.
-        sizes: hidden size and number of layers of each model.
+        sizes: of each model.
         seeds: of initial values and data.
         grow: what grows with the hidden size.
     """
-    for hidden_size, num_layers in sizes:
-        sized = resize(config, hidden_size, num_layers, grow)
-        for seed in seeds:
-            seeded = replace(sized, training=replace(sized.training, seed=seed))
-            for value in measure(seeded, vocab_size, mesh, steps):
-                yield Row(hidden_size, num_layers, seed, *value)
+    for size, seed in track(list(itertools.product(sizes, seeds)), "coordinate check"):
+        sized = resize(config, size.hidden_size, size.num_layers, grow, size.num_experts)
+        seeded = replace(sized, training=replace(sized.training, seed=seed))
+        for value in measure(seeded, vocab_size, mesh, steps):
+            yield Row(size.hidden_size, size.num_layers, sized.moe.num_experts or 0, seed, *value)
 
 
 class _Modules:
@@ -156,7 +160,7 @@ class _Modules:
                 add(ACTIVATION, label, output)
                 if number == 0:
                     self._first_outputs[key] = output.clone()
-                else:
+                elif ".experts" not in name:  # Whose rows are other tokens when routing changes.
                     add(CHANGE, label, output - self._first_outputs[key])
             weight = _weight(module, inputs)
             if weight is None:
@@ -188,9 +192,13 @@ class _Modules:
 
 def _weight(module: nn.Module, inputs: tuple[Any, ...]) -> torch.Tensor | None:
     """The matrix of a linear module or embedding; a tied output layer gets it as its second input."""
-    shared = inputs[1] if len(inputs) > 1 else None
-    weight = shared if isinstance(shared, torch.Tensor) else getattr(module, "weight", None)
+    weight = inputs[1] if _shares(inputs) else getattr(module, "weight", None)
     return weight if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+
+
+def _shares(inputs: tuple[Any, ...]) -> bool:
+    """Whether a module is handed its matrix; experts' second input are numbers of rows."""
+    return len(inputs) > 1 and isinstance(inputs[1], torch.Tensor) and inputs[1].dim() == 2
 
 
 def _forward_with(module: nn.Module, weight: torch.Tensor, inputs: tuple[Any, ...]) -> torch.Tensor:
@@ -198,9 +206,10 @@ def _forward_with(module: nn.Module, weight: torch.Tensor, inputs: tuple[Any, ..
     twin = copy.copy(module)
     twin._parameters = dict.fromkeys(module._parameters)
     twin._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    if len(inputs) > 1 and isinstance(inputs[1], torch.Tensor):
+    if _shares(inputs):
         inputs = (inputs[0], weight, *inputs[2:])
-    moved: torch.Tensor = type(module).forward(twin, *inputs)
+    moved = numbers(type(module).forward(twin, *inputs))
+    assert isinstance(moved, torch.Tensor)
     return moved
 
 
@@ -227,7 +236,7 @@ class _Weights:
                 self._first[main.meta.name] = whole.clone()
             elif len(main.meta.shape) == 1:
                 add(VECTOR_CHANGE, name, (whole - self._first[main.meta.name]).square().mean().sqrt().item())
-            if main.meta.role.is_hidden_matrix:
+            if main.meta.role.is_orthonormalized:
                 for block_name, norm in self._norms(main, whole):
                     add(WEIGHT, block_name, norm)
                 if number:

@@ -16,14 +16,14 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from megatron_mup.transfer.coordinates import Row
 from megatron_mup.transfer.sweep import Curves, Finding, SweepPlan
-from megatron_mup.transfer.verdict import Axis, Verdict
+from megatron_mup.transfer.verdict import Axis, Verdict, size_of
 
 
 def coordinate_curves(rows: Sequence[Row], verdicts: Sequence[Verdict], axis: Axis, png: str, title: str) -> None:
-    """Draws every measured quantity against width or depth, log on log: a line per class, dashed where it failed.
+    """Draws every measured quantity against a size, log on log: a line per class, dashed where it failed.
 
     Args:
-        rows: of all models; means over seeds, and over the other axis, are drawn.
+        rows: of all models; means over seeds, and over the other axes, are drawn.
         verdicts: what :func:`verdict.judge` made of them.
         axis: what runs to the right.
         png: file to write; its folder is made.
@@ -41,14 +41,14 @@ def coordinate_curves(rows: Sequence[Row], verdicts: Sequence[Verdict], axis: Ax
             points = defaultdict(list)
             for row in rows:
                 if (row.step, row.quantity, row.name) == (step, quantity, name) and row.value > 0:
-                    points[row.hidden_size if axis == "width" else row.num_layers].append(math.log(row.value))
+                    points[size_of(row, axis)].append(math.log(row.value))
             sizes = sorted(points)
             style = "--" if (quantity, name, step) in failed else "-"
             axes.plot(sizes, [math.exp(np.mean(points[s])) for s in sizes], style, marker="o", markersize=3, label=name)
         axes.set_title(f"{quantity}, step {step}", fontsize=9)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_xlabel("hidden size" if axis == "width" else "layers", fontsize=8)
+        axes.set_xlabel({"width": "hidden size", "depth": "layers", "experts": "experts"}[axis], fontsize=8)
         _plain_ticks(axes.xaxis, sizes)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)

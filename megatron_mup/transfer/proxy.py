@@ -96,6 +96,8 @@ def base_sizes(config: Config) -> dict[str, Any]:
         "mup_base_ffn_hidden_size": model.ffn_size,
         "mup_base_num_attention_heads": model.num_attention_heads,
         "mup_base_head_dim": model.head_dim,
+        "mup_base_q_lora_rank": model.q_lora_rank,
+        "mup_base_kv_lora_rank": model.kv_lora_rank,
         "base_num_layers": model.num_layers,
     }
 
@@ -148,7 +150,6 @@ def _divisors(number: int) -> str:
 
 def parameters(model: ModelConfig, vocab_size: int) -> int:
     """Parameters in matrices, about the size of a model."""
-    attention = (2 * model.num_attention_heads + 2 * model.query_groups) * model.head_dim
-    layer = model.hidden_size * (attention + (3 if model.swiglu else 2) * model.ffn_size)
+    layer = model.attention_weights + model.hidden_size * (3 if model.swiglu else 2) * model.ffn_size
     tables = 2 if model.untie_embeddings_and_output_weights else 1
     return model.num_layers * layer + tables * vocab_size * model.hidden_size

@@ -138,7 +138,13 @@ def run_trial(config: Config, trial: Trial, vocab_size: int, mesh: Mesh, folder:
     iterations = config.training.train_iters
     assert iterations is not None
     logging = replace(
-        config.logging, metrics_file=str(curve), progress=False, log_interval=max(1, math.ceil(iterations / 10))
+        config.logging,
+        metrics_file=str(curve),
+        progress=False,
+        log_interval=max(1, math.ceil(iterations / 10)),
+        # Trials and workers would take them from each other.
+        html_report=None,
+        prometheus_port=None,
     )
     config = replace(config, logging=logging)
     record: dict[str, Any] = {
@@ -218,5 +224,6 @@ def work(
         lasted[size] = record["seconds"]
         results.append(worker, record)
         loss = "diverged" if record["loss"] is None else f"{record['loss']:.4f}"
-        print(f"{trial.key}: {record.get('error') or loss} ({record['seconds']:.1f} s)", flush=True)
+        told = f"{record.get('error') or loss} ({record['seconds']:.1f} s)"
+        print(f"[{len(trials) - len(left)}/{len(trials)}] {trial.key}: {told}", flush=True)
     return len(left)

@@ -8,10 +8,11 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from megatron_mup.parametrization.meta import Role
 from megatron_mup.training.observe import ATTENTION_LOGITS
 from megatron_mup.transfer.coordinates import (
     ACTIVATION,
@@ -23,7 +24,7 @@ from megatron_mup.transfer.coordinates import (
     Row,
 )
 
-Axis = Literal["width", "depth"]
+Axis = Literal["width", "depth", "experts"]
 
 TOLERANCE = 0.25
 """Slopes of log2(value) against log2(size) up to which a quantity counts as flat. A wrong rule is off by an exponent of
@@ -35,6 +36,13 @@ RANDOM = -0.5
 sum of all branches before training at depth exponent 1."""
 
 
+FEW = ("mlp.router", "self_attention.linear_k_pos_proj")
+RANDOM_LONG = (ATTENTION_LOGITS, *FEW)
+"""Sums over the width into a few numbers that keep what is random in them until they align, which takes longer than a
+few steps."""
+EXPERTS = (Role.EXPERT_IN.value, Role.EXPERT_OUT.value)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How one quantity follows one size.
@@ -44,7 +52,7 @@ class Verdict:
         slope: of log2(value) against log2(size), mean over seeds.
         error: its standard error over seeds; 0 with one seed.
         low, high: what is accepted.
-        first, last: geometric means over seeds (and the other axis) at the smallest and the largest size.
+        first, last: geometric means over seeds (and the other axes) at the smallest and the largest size.
     """
 
     axis: Axis
@@ -95,15 +103,21 @@ def limits(
     """
     low, high = -tolerance, tolerance
     if quantity == EPSILON:
-        # A wrong rule is off by a whole exponent, and gradients have no limit as clean as that of activations. The
-        # gains that all heads share sum over heads: aligned, that gives the width back that the logits' factor took,
-        # before training only half of it.
-        shared = axis == "width" and name == "qk_norm"
+        if axis == "experts" and name in EXPERTS:
+            # Of more experts each gets a smaller share of the tokens: a gradient that falls as experts^-1/2 if tokens
+            # disagree, as experts^-1 if they agree. No source has a rule for it.
+            return 0.5 - tolerance, 1 + tolerance
+        # A wrong rule is off by a whole exponent, and gradients have no limit as clean as that of activations. What all
+        # heads share sums over heads: aligned, that gives the width back that the logits' factor took, before training
+        # only half of it.
+        shared = axis == "width" and name in (Role.QK_NORM.value, Role.SHARED_KEY.value)
         return -2 * tolerance, (3 if shared else 2) * tolerance
     if axis == "width" and name.startswith("embedding") and quantity in (CHANGE, UPDATE):
         low += exponents.embedding
-    # Logits of attention keep what is random in them until they align, which takes longer than a few steps.
-    if axis == "width" and quantity == ACTIVATION and (name == ATTENTION_LOGITS or (name == "logits" and step == 0)):
+    if axis == "width" and quantity == ACTIVATION and (name in RANDOM_LONG or (name == "logits" and step == 0)):
+        low += RANDOM
+    # What its first weights make of a change of the input is random too; its own update is what has to be flat.
+    if axis == "width" and quantity == CHANGE and name in FEW:
         low += RANDOM
     # The mean over layers of sums up to each, (L + 1) / 2L of the last one.
     if axis == "depth" and name == "residual":
@@ -126,7 +140,7 @@ def _in_block(name: str) -> bool:
 def judge(rows: Sequence[Row], exponents: Exponents = MUP, tolerance: float = TOLERANCE) -> list[Verdict]:
     """A verdict for each quantity and class before the first and after the last step, by growing size; failures first.
 
-    Where width and depth both vary, one plane through all models gives both slopes. A quantity that is zero in a model,
+    Where several sizes vary, one plane through all models gives all slopes. A quantity that is zero in a model,
     like the logits of a zero-initialised output layer, is left out.
 
     Args:
@@ -161,22 +175,18 @@ def judge(rows: Sequence[Row], exponents: Exponents = MUP, tolerance: float = TO
 
 
 def _axes(rows: Iterable[Row]) -> list[Axis]:
-    sizes = {(row.hidden_size, row.num_layers) for row in rows}
-    axes: list[Axis] = []
-    if len({hidden for hidden, _ in sizes}) > 1:
-        axes.append("width")
-    if len({layers for _, layers in sizes}) > 1:
-        axes.append("depth")
-    return axes
+    rows, axes = list(rows), get_args(Axis)
+    return [axis for axis in axes if len({size_of(row, axis) for row in rows}) > 1]
 
 
-def _size(row: Row, axis: Axis) -> int:
-    return row.hidden_size if axis == "width" else row.num_layers
+def size_of(row: Row, axis: Axis) -> int:
+    """Where on an axis a row lies."""
+    return {"width": row.hidden_size, "depth": row.num_layers, "experts": row.num_experts}[axis]
 
 
 def _slopes(rows: list[Row], axes: list[Axis]) -> list[float]:
     """Least squares of log2(value) on log2 of each size, with a constant."""
-    inputs = np.array([[math.log2(_size(row, axis)) for axis in axes] + [1.0] for row in rows])
+    inputs = np.array([[math.log2(size_of(row, axis)) for axis in axes] + [1.0] for row in rows])
     values = np.array([row.value for row in rows])
     if not np.isfinite(values).all():
         return [math.nan] * len(axes)
@@ -186,7 +196,7 @@ def _slopes(rows: list[Row], axes: list[Axis]) -> list[float]:
 
 def _ends(rows: list[Row], axis: Axis) -> tuple[float, float]:
     """Geometric means at the smallest and the largest size."""
-    sizes = [_size(row, axis) for row in rows]
+    sizes = [size_of(row, axis) for row in rows]
     return tuple(  # type: ignore[return-value]
         math.exp(np.mean([math.log(row.value) for row, size in zip(rows, sizes, strict=True) if size == end]))
         for end in (min(sizes), max(sizes))
@@ -207,11 +217,11 @@ def write_csv(path: str, records: Sequence[Row] | Sequence[Verdict]) -> None:
 def format_verdicts(verdicts: Sequence[Verdict]) -> str:
     """The verdicts as text, failures first."""
     lines = [
-        f"{'':5}{'axis':6} {'quantity':25} {'class':34} {'step':>4} {'first':>9} {'last':>9} {'slope':>7} "
+        f"{'':5}{'axis':7} {'quantity':25} {'class':34} {'step':>4} {'first':>9} {'last':>9} {'slope':>7} "
         f"{'error':>6}  accepted"
     ]
     lines += [
-        f"{'ok' if v.passed else 'FAIL':5}{v.axis:6} {v.quantity:25} {v.name:34} {v.step:4d} {v.first:9.3g} "
+        f"{'ok' if v.passed else 'FAIL':5}{v.axis:7} {v.quantity:25} {v.name:34} {v.step:4d} {v.first:9.3g} "
         f"{v.last:9.3g} {v.slope:7.2f} {v.error:6.2f}  {v.low:.2f} to {v.high:.2f}"
         for v in verdicts
     ]

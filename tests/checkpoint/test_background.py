@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_mup import checkpoint
-from megatron_mup.checkpoint import dcp, files
+from megatron_mup.checkpoint import dcp, files, local
 from megatron_mup.checkpoint.background import BackgroundSaver
 from megatron_mup.checkpoint.verify import verify
 from megatron_mup.config import ConfigError
-from tests.checkpoint.cases import Run, config_of, fill, known, load_latest
+from tests.checkpoint.cases import Run, config_of, fill, known, load_latest, wrong
 from tests.runs import pretrain, saved_tensors, words
 
 
@@ -44,12 +44,16 @@ def save_and_change(folder: str) -> list[str]:
     assert len(places) == 1
     shards = {(p.key, p.offsets): p.tensor.nbytes for p in run.pieces() if p.is_saved}
     assert sum(copy.nbytes for copy in saver._copies.values()) == sum(shards.values())
+    # What is no longer saved, after a change of optimizers for instance, takes no memory.
+    saver.start(f"{folder}/weights", run.pieces(optimizer=False), run.manifest(4), None, None, done.append)
+    saver.finish()
+    assert {key for key, _ in saver._copies} == {piece.key for piece in run.pieces(optimizer=False)}
     return [path.name for path in done]
 
 
 def test_what_was_there_at_the_beginning_is_saved(pool, tmp_path):
     names = ["iter_0000001", "iter_0000002", "iter_0000003"]
-    assert pool.run(2, save_and_change, str(tmp_path)) == [names] * 2
+    assert pool.run(2, save_and_change, str(tmp_path)) == [[*names, "iter_0000004"]] * 2
     assert not verify(tmp_path / names[1]).problems
     assert pool.run(2, load_latest, "tp2", str(tmp_path)) == [(names[2], [])] * 2
 
@@ -110,7 +114,7 @@ def test_a_run_saves_the_same_either_way(pool, tmp_path):
     assert sorted(path.name for path in (tmp_path / "async").glob("iter_*")) == ["iter_0000004", "iter_0000008"]
 
 
-def save_for_ever(rank: int, store: str, folder: str, background: bool) -> None:
+def save_for_ever(rank: int, store: str, folder: str, kind: str) -> None:
     """Saves iteration after iteration; after each it leaves a file that names it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
@@ -118,11 +122,15 @@ def save_for_ever(rank: int, store: str, folder: str, background: bool) -> None:
 
     def told(path: Path) -> None:
         if rank == 0:
-            Path(store + ".done").write_text(path.name)
+            Path(store + ".now").write_text(path.name)
+            os.replace(store + ".now", store + ".done")
 
     for iteration in range(1, 1000):
         fill(run.pieces(), iteration)
-        if background:
+        if kind == "local":
+            local.save(folder, run.pieces(), run.manifest(iteration), "run")
+            told(files.checkpoints(local.rank_folder(folder))[iteration])
+        elif kind == "background":
             saver.start(folder, run.pieces(), run.manifest(iteration), 2, None, told)
         else:
             told(run.save(folder, iteration, keep_last=2))
@@ -131,31 +139,36 @@ def save_for_ever(rank: int, store: str, folder: str, background: bool) -> None:
 MOMENTS = [pytest.param(number, marks=[pytest.mark.long] if number >= 5 else []) for number in range(40)]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_kill_at_any_moment(moment):
-    draw, background = random.Random(moment), moment % 2 == 0
+def save_until_killed(folder: Path, store: str, kind: str, moment: int) -> int:
+    """Kills two ranks that save for ever; the last iteration that they told to be saved."""
+    draw = random.Random(moment)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.checkpoint.test_background"])
+    arguments = [(rank, store, str(folder), kind) for rank in range(2)]
+    ranks = [context.Process(target=save_for_ever, args=a, daemon=True) for a in arguments]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + 120
+    while not Path(store + ".done").exists():
+        assert time.monotonic() < deadline
+        assert all(process.is_alive() for process in ranks)
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, 0.5))
+    for process in draw.sample(ranks, 2):
+        # The other rank may have ended over the loss of its peer.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(draw.choice([0, 0.05]))
+    for process in ranks:
+        process.join()
+    return int(Path(store + ".done").read_text().removeprefix("iter_"))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_any_moment(moment):
     with tempfile.TemporaryDirectory() as scratch:
-        folder, store = Path(scratch) / "checkpoints", f"{scratch}/store"
-        arguments = [(rank, store, str(folder), background) for rank in range(2)]
-        ranks = [context.Process(target=save_for_ever, args=a, daemon=True) for a in arguments]
-        for process in ranks:
-            process.start()
-        deadline = time.monotonic() + 120
-        while not Path(store + ".done").exists():
-            assert time.monotonic() < deadline
-            assert all(process.is_alive() for process in ranks)
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.5))
-        for process in draw.sample(ranks, 2):
-            # The other rank may have ended over the loss of its peer.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-            time.sleep(draw.choice([0, 0.05]))
-        for process in ranks:
-            process.join()
-        saved = int(Path(store + ".done").read_text().removeprefix("iter_"))
+        folder, kind = Path(scratch) / "checkpoints", "plain" if moment % 2 else "background"
+        saved = save_until_killed(folder, f"{scratch}/store", kind, moment)
         files.sweep(folder)
         path = checkpoint.find(folder)
         assert path is not None
@@ -165,3 +178,24 @@ def test_a_kill_at_any_moment(moment):
         assert all(torch.equal(v, known(k, tuple(v.shape), iteration)) for k, v in saved_tensors(path).items())
         leftovers = [p.name for p in folder.iterdir() if p.name.startswith(".") and p.is_dir()]
         assert leftovers == []
+
+
+def load_own(folder: str) -> tuple[int, list[str]]:
+    """The iteration of the newest local checkpoint that is whole, and what is wrong in it."""
+    run = Run(config_of("fsdp2"))
+    path = local.find(folder, "run", checkpoint.layout_sizes(run.mesh))
+    assert path is not None
+    pieces = run.pieces()
+    iteration = local.load(path, pieces, run.config).iteration
+    return iteration, wrong(pieces, iteration)
+
+
+@pytest.mark.parametrize("moment", [pytest.param(n, marks=[pytest.mark.long] if n else []) for n in range(8)])
+def test_a_kill_while_ranks_save_for_themselves(pool, moment):
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "disk"
+        saved = save_until_killed(folder, f"{scratch}/store", "local", 100 + moment)
+        (first, bad), second = pool.run(2, load_own, str(folder))
+        assert (first, bad) == second
+        assert bad == []
+        assert first >= saved

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.following import iterations, wait_for
 from tests.cluster.slurm import Slurm, why_not
 from tests.runs import words
 
@@ -35,19 +34,6 @@ def slurm() -> Iterator[Slurm]:
     with tempfile.TemporaryDirectory(prefix="slurm") as folder, Slurm(Path(folder)) as running:
         running.environment |= {"PYTHON": sys.executable, "PROCESSES_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
         yield running
-
-
-def iterations(file: Path) -> list[int]:
-    """Logged iterations, in order."""
-    return [json.loads(line)["iteration"] for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def wait_for(there, what: str, log: Path, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not there():
-        if time.monotonic() > end:
-            raise AssertionError(f"no {what} within {seconds} s: {log.read_text() if log.exists() else 'no output'}")
-        time.sleep(0.3)
 
 
 def ended(slurm: Slurm, job: str) -> bool:

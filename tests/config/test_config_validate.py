@@ -39,6 +39,7 @@ def refused(argv: str, world_size: int = 1) -> ConfigError:
         ("--eval-interval 5", 1),
         ("--tokenizer-type NullTokenizer --eod-mask-loss", 1),
         ("--optimizer muon --muon-momentum 0.9 --muon-ns-dtype fp32", 1),
+        ("--context-parallel-size 4 --cp-comm-type all_gather --use-torch-fsdp2 --window-size 9", 4),
         ("--parametrization completep --mup-base-hidden-size 64 --base-num-layers 2 --depth-alpha 0.5", 1),
     ],
 )
@@ -73,6 +74,16 @@ def test_what_works_passes_without_a_word(argv, world_size):
         ("--use-torch-fsdp2 --data-parallel-sharding-strategy no_shard", 2, ["optim_grads_params"]),
         ("--use-torch-fsdp2 --data-parallel-sharding-strategy optim_grads", 2, ["optim_grads_params"]),
         ("--recompute-activations --recompute-granularity full", 1, ["selective"]),
+        ("--context-parallel-size 3", 4, ["--context-parallel-size 3", "start 3 or 6 ranks"]),
+        ("--context-parallel-size 4 --seq-length 100", 4, ["--seq-length 100", "multiple of 8", "96 or 104"]),
+        ("--context-parallel-size 8 --seq-length 4", 8, ["--context-parallel-size 8", "use --seq-length 16"]),
+        (
+            "--context-parallel-size 2 --tensor-model-parallel-size 3 --swiglu --ffn-hidden-size 48 "
+            "--sequence-parallel --seq-length 18",
+            6,
+            ["--seq-length 18", "--sequence-parallel", "12 or 24"],
+        ),
+        ("--context-parallel-size 2 --attention-backend fused", 2, ["--attention-backend fused", "auto"]),
         ("--pipeline-model-parallel-size 16 --global-batch-size 16", 16, ["--num-layers 12", "at most 12 stages"]),
         # batch
         ("--global-batch-size 6 --micro-batch-size 2", 2, ["--global-batch-size 6", "4 or 8"]),

@@ -110,3 +110,20 @@ def test_scrambled_configurations_run_or_are_refused():
             assert validate(from_dict(shown, "resolved"), world_size) == []
     assert refused > 50
     assert passed > 10
+
+
+def test_none_of_two_hundred_starts_a_process_group(monkeypatch, capfd):
+    """The whole program: one message and exit code 2."""
+    from megatron_mup.training.main import main
+
+    def start(*_: object) -> None:
+        raise AssertionError("a process group was started")
+
+    monkeypatch.setattr("megatron_mup.training.main.init_process_group", start)
+    for line in random.Random(1).sample(ON_THE_LINE, 200):
+        assert main([*GOOD, *line]) == 2, line
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("error: "), line
+        assert err.count("error: ") == err.count("fix: ") == 1, line
+        assert "Traceback" not in err

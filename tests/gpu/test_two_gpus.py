@@ -21,6 +21,8 @@ LAYOUTS = {
     "pp2": "--pipeline-model-parallel-size 2",
     "fsdp2": FSDP,
     "fsdp2-grads": "--data-parallel-sharding-strategy optim_grads",
+    "cp2": "--context-parallel-size 2",
+    "cp2-gathered": "--context-parallel-size 2 --cp-comm-type all_gather",
 }
 TIES = "--no-untie-embeddings-and-output-weights"
 MUON = "--optimizer muon --muon-lr 0.02 --muon-ns-dtype fp32"
@@ -67,7 +69,7 @@ def test_compiled_fp32(gpus, one_gpu, layout):
     compare(gpus, one_gpu, layout, more="--torch-compile")
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "cp2", "cp2-gathered"])
 def test_compiled_bf16(gpus, one_gpu, layout):
     compare(gpus, one_gpu, layout, BF16, first=2e-2, later=2e-2)
 

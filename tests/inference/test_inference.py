@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,9 @@ from megatron_mup.config import ConfigError
 from megatron_mup.inference import bits_per_byte, load_model, sample, total_loss
 from megatron_mup.inference.sample import draw
 from megatron_mup.models.gpt import GPT
+from tests.runs import pretrain
 
 GENERATE = Path(__file__).parents[2] / "tools" / "generate.py"
-PRETRAIN = Path(__file__).parents[2] / "pretrain.py"
 FLAGS = [
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--num-query-groups", "2", "--swiglu"),
     *("--ffn-hidden-size", "64", "--seq-length", "16", "--vocab-size", "64", "--micro-batch-size", "2", "--mock-data"),
@@ -26,12 +24,12 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> Path:
+def checkpoints(pool, tmp_path_factory) -> Path:
     """Two iterations on two tensor-parallel ranks."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PRETRAIN)]
     flags = [*FLAGS, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--save", str(folder)]
-    subprocess.run([*command, *flags], check=True, capture_output=True)
+    outcomes = pool.launch(2, pretrain, flags)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     return folder
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from megatron_mup.layers.attention import plain_attention
+from megatron_mup.layers.dropout import drop
 from megatron_mup.layers.embedding import OutputLayer
-from megatron_mup.layers.info import document_mask
+from megatron_mup.layers.info import attention_mask
 from megatron_mup.layers.norm import LayerNorm, RMSNorm
 from megatron_mup.layers.rope import rotary_angles, rotate
 from megatron_mup.parallel.mesh import ALONE
@@ -21,7 +24,7 @@ def test_rope_equals_the_complex_form(percent):
     x = torch.randn(9, 2, 3, 16)
     positions = torch.randint(0, 500, (9, 2))
     shape = Shape(vocab_size=1, seq_length=9, head_dim=16, rotary_dim=int(16 * percent), rotary_base=500.0)
-    got = rotate(x, *rotary_angles(positions, 16, percent, 500.0))
+    got = rotate(x, *rotary_angles(positions, int(16 * percent), 500.0))
     want = rope(x.transpose(0, 1), positions.t(), shape).transpose(0, 1)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     unturned = got[..., int(16 * percent) :]
@@ -33,7 +36,7 @@ def test_rope_sees_only_distances():
 
     def logit(at_query: int, at_key: int) -> float:
         turned = [
-            rotate(x, *rotary_angles(torch.tensor([[p]]), 8, 1.0, 100.0)) for x, p in ((query, at_query), (key, at_key))
+            rotate(x, *rotary_angles(torch.tensor([[p]]), 8, 100.0)) for x, p in ((query, at_query), (key, at_key))
         ]
         return (turned[0] * turned[1]).sum().item()
 
@@ -44,9 +47,9 @@ def test_rope_sees_only_distances():
 def test_rope_keeps_its_precision_in_bf16():
     """Angles at far positions would be off by whole turns in bf16."""
     x, positions = torch.randn(1, 1, 1, 8), torch.tensor([[4001]])
-    got = rotate(x.bfloat16(), *rotary_angles(positions, 8, 1.0, 10000.0))
+    got = rotate(x.bfloat16(), *rotary_angles(positions, 8, 10000.0))
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), rotate(x, *rotary_angles(positions, 8, 1.0, 10000.0)), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(got.float(), rotate(x, *rotary_angles(positions, 8, 10000.0)), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -85,7 +88,8 @@ def test_attention_dropout_zeroes_weights():
     plain = plain_attention(query, query, value, 0.3, None, None)
     index = torch.arange(seq * seq).view(1, seq, seq)
     sample = torch.tensor([4, 5])[:, None, None, None]
-    thinned = plain_attention(query, query, value, 0.3, None, (0.25, key, sample, index))
+    thin = partial(drop, probability=0.25, key=key, sample=sample, index=index)
+    thinned = plain_attention(query, query, value, 0.3, None, thin)
     kept = thinned != 0
     torch.testing.assert_close(thinned[kept], (plain / 0.75)[kept])
     share = 1 - kept[plain > 0].double().mean().item()
@@ -94,7 +98,7 @@ def test_attention_dropout_zeroes_weights():
 
 
 def test_document_mask():
-    mask = document_mask(torch.tensor([[5, 5, 6, 5]]))
+    mask = attention_mask(torch.arange(4), torch.arange(4), torch.tensor([[5, 5, 6, 5]]))
     assert mask.shape == (1, 1, 4, 4)
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
 

@@ -13,7 +13,7 @@ KEY = torch.tensor(123456789)
 
 def dropped(x=None, probability=0.25, key=KEY, samples=(7, 8, 9), seq_start=0):
     x = torch.ones(64, len(samples), 96) if x is None else x
-    return hidden_dropout(x, probability, key, torch.tensor(samples), seq_start)
+    return hidden_dropout(x, probability, key, torch.tensor(samples), torch.arange(seq_start, seq_start + len(x)))
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.25, 0.9])
@@ -78,13 +78,13 @@ def test_in_the_model(kind):
 
 def test_keys_differ_by_layer_and_place():
     model = model_of(config_of("--hidden-dropout 0.1 --num-layers 3")).train()
-    assert model.salts(torch.device("cpu")).flatten().unique().numel() == 4 * 3
+    assert model.salts(torch.device("cpu")).flatten().unique().numel() == 4 * 4
     assert model.eval().salts(torch.device("cpu")) is None
 
 
 @pytest.mark.long
 def test_compiles_to_the_same_mask():
     """Counters from arange are index expressions to torch.compile; hashed bare, they overflow it."""
-    x, samples = torch.ones(6, 2, 8), torch.tensor([3, 1 << 40])
+    x, samples, places = torch.ones(6, 2, 8), torch.tensor([3, 1 << 40]), torch.arange(4, 10)
     compiled = torch.compile(hidden_dropout, fullgraph=True)
-    assert torch.equal(compiled(x, 0.3, KEY, samples, 4), hidden_dropout(x, 0.3, KEY, samples, 4))
+    assert torch.equal(compiled(x, 0.3, KEY, samples, places), hidden_dropout(x, 0.3, KEY, samples, places))

@@ -19,6 +19,7 @@ EXPERTS, TOPK, HIDDEN, FFN, TOKENS = 4, 2, 8, 16, 12
 CHOICES = {
     "mixed": lambda t: [(t * 7) % EXPERTS, (t * 7 + 1 + t % 3) % EXPERTS],
     "all to one pair": lambda _: [2, 3],
+    "all to one": lambda _: [1],
     "one expert idle": lambda t: [t % 3, (t + 1) % 3],
     "nothing to the first rank": lambda t: [2 + t % 2, 3 - t % 2],
 }
@@ -41,8 +42,8 @@ def inputs(choice: str, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """Tokens, gates and experts of a rank."""
     generator = torch.Generator().manual_seed(10 + rank)
     x = torch.randn(TOKENS, HIDDEN, generator=generator)
-    gates = torch.rand(TOKENS, TOPK, generator=generator)
-    return x, gates, torch.tensor([CHOICES[choice](token + rank) for token in range(TOKENS)])
+    experts = torch.tensor([CHOICES[choice](token + rank) for token in range(TOKENS)])
+    return x, torch.rand(experts.shape, generator=generator), experts
 
 
 def plain(x, gates, experts, kept, first, second):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_mup.config import MoEConfig
+from megatron_mup.layers.dropout import Noise, jitter
 from megatron_mup.layers.router import Router, Tally, balancing_loss, choose, within_capacity
-from megatron_mup.parallel.mesh import ALONE
+from tests.runs import batch_of, config_of, model_of
 
 EXPERTS, TOKENS = 8, 50
 
@@ -123,7 +124,7 @@ def test_losses_and_their_gradients(kind, score):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(EXPERTS, hidden, generator=generator)
     x = torch.randn(seq, batch, hidden, generator=generator)
-    router = Router(torch.nn.Parameter(weight.clone()), moe, ALONE, sequence_parallel=False)
+    router = Router(torch.nn.Parameter(weight.clone()), moe)
     router.reset()
     router.share = share
     router.load.copy_(torch.arange(1.0, EXPERTS + 1) / 36)
@@ -155,7 +156,7 @@ def test_losses_and_their_gradients(kind, score):
 
 
 def test_evaluation_counts_nothing_and_recomputation_counts_once():
-    router = Router(torch.nn.Parameter(torch.randn(EXPERTS, 16)), settings(), ALONE, sequence_parallel=False)
+    router = Router(torch.nn.Parameter(torch.randn(EXPERTS, 16)), settings())
     router.reset()
     x = torch.randn(4, 2, 16, requires_grad=True)
     with torch.no_grad():
@@ -163,3 +164,41 @@ def test_evaluation_counts_nothing_and_recomputation_counts_once():
     assert router.tally.sum() == 0
     torch.utils.checkpoint.checkpoint(lambda x: router(x).gates.sum(), x, use_reentrant=False).backward()
     assert Tally.of(router.tally).tokens.sum() == 4 * 2 * 2
+
+
+def test_jitter():
+    """Within its bounds, anew for each sample and place, the same at the same ones; none in evaluation."""
+    x, epsilon = torch.ones(4, 2, 1000), 0.25
+    noise = Noise(torch.tensor(7), torch.tensor([5, 6]), torch.arange(4))
+    factors = jitter(x, epsilon, noise)
+    assert 1 - epsilon <= factors.min() < 1 - 0.9 * epsilon
+    assert 1 + 0.9 * epsilon < factors.max() <= 1 + epsilon
+    assert factors.mean().item() == pytest.approx(1, abs=0.01)
+    assert factors.std().item() == pytest.approx(epsilon / math.sqrt(3), rel=0.05)
+    assert len(factors.unique()) > 0.99 * factors.numel()
+    rest = jitter(x[2:, 1:], epsilon, Noise(noise.key, noise.sample_index[1:], noise.places[2:]))
+    assert torch.equal(rest, factors[2:, 1:])
+
+    moe = settings(moe_input_jitter_eps=epsilon)
+    router = Router(torch.nn.Parameter(torch.randn(EXPERTS, 16)), moe)
+    router.reset()
+    x = torch.randn(4, 2, 16)
+    plain, noisy = router(x).gates, router(x, noise).gates
+    assert not torch.equal(plain, noisy)
+    want = Router(router.weight, settings())(jitter(x, epsilon, noise)).gates
+    torch.testing.assert_close(noisy, want)
+
+
+def test_jitter_is_for_training():
+    flags = "--num-experts 4 --disable-bias-linear --moe-input-jitter-eps 0.3"
+    model, plain = model_of(config_of(flags)), model_of(config_of(flags.replace("--moe-input-jitter-eps 0.3", "")))
+    for each in (model, plain):
+        for router in each.routers().values():
+            router.reset()
+    batch = batch_of(model.config)
+    losses = [
+        each(batch["tokens"], labels=batch["labels"], sample_index=batch["sample_index"]) for each in (model, plain)
+    ]
+    assert not torch.equal(*losses)
+    model.eval()
+    assert torch.equal(model(batch["tokens"], labels=batch["labels"]), losses[1])

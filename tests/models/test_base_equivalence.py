@@ -22,7 +22,7 @@ SCHEMES = {
     "everett": "--parametrization everett",
 }
 FOLLOW_DEPTH = ("completep-1", "completep-0.5", "completep-C", "depth-mup")
-TIES = {"tied": "", "untied": "--untie-embeddings-and-output-weights"}
+TIES = {"tied": "", "untied": "--untie-embeddings-and-output-weights --cross-entropy-fusion-impl linear"}
 ARCHITECTURE = "--num-query-groups 2 --swiglu --qk-layernorm --normalization LayerNorm"
 
 

@@ -17,7 +17,11 @@ from megatron_mup.parametrization.meta import Block, Role
 
 WIDTH = 4
 # Two groups of two query heads, a key head and a value head each.
-BLOCKS = (Block("query", 0, 2 * WIDTH, 16), Block("key", 2 * WIDTH, WIDTH, 16), Block("value", 3 * WIDTH, WIDTH, 16))
+BLOCKS = (
+    Block("query", 0, 2 * WIDTH, 16, heads=2),
+    Block("key", 2 * WIDTH, WIDTH, 16),
+    Block("value", 3 * WIDTH, WIDTH, 16),
+)
 QKV = meta("qkv", Role.QKV, (32, 10), blocks=BLOCKS)
 
 

@@ -120,6 +120,30 @@ def test_groups_of_a_mesh(pool):
     assert (dp_rank, dp_size) == (0, 1)
 
 
+def shared_samples(parallel: ParallelConfig):
+    mesh = Mesh.build(Config(parallel=parallel), torch.device("cpu"))
+    together = torch.zeros(dist.get_world_size(), dtype=torch.long)
+    together[dist.get_rank()] = 1
+    dist.all_reduce(together, group=mesh.cp.group)
+    return together.nonzero().flatten().tolist(), mesh.cp.rank, mesh.dp_rank, mesh.dp_size, mesh.sharding_size
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_context_ranks_read_the_same_samples(pool, instances):
+    """They are neighbours behind tensor ranks, and lie on the data axes, however these are cut into replicas."""
+    parallel = ParallelConfig(
+        context_parallel_size=2,
+        data_parallel_sharding_strategy="optim_grads",
+        num_distributed_optimizer_instances=instances,
+    )
+    assert pool.run(4, shared_samples, parallel) == [
+        ([0, 1], 0, 0, 2, 4),
+        ([0, 1], 1, 0, 2, 4),
+        ([2, 3], 0, 1, 2, 4),
+        ([2, 3], 1, 1, 2, 4),
+    ]
+
+
 def test_groups_of_a_sharded_mesh(pool):
     parallel = ParallelConfig(data_parallel_sharding_strategy="optim_grads", num_distributed_optimizer_instances=2)
     ranks = pool.run(4, places, parallel)

@@ -38,7 +38,7 @@ def build_metas(grown: bool) -> dict[str, ParamMeta]:
 
     n, f, kv, attention, h = pick(256, 1024), pick(512, 4096), pick(1.5 * 64, 4 * 128), pick(6 * 64, 2048), 128
     group = 6 * h  # four query heads, key, value
-    qkv = (Block("query", 0, 4 * h, group), Block("key", 4 * h, h, group), Block("value", 5 * h, h, group))
+    qkv = (Block("query", 0, 4 * h, group, heads=4), Block("key", 4 * h, h, group), Block("value", 5 * h, h, group))
     glu = (Block("gate", 0, 8, 16), Block("up", 8, 8, 16))
     metas = [
         meta("embedding", Role.EMBEDDING, (VOCAB, 1024), fan_in=1, fan_out=1024, base_fan_in=1, base_fan_out=n),
@@ -60,10 +60,12 @@ def build_metas(grown: bool) -> dict[str, ParamMeta]:
 
 
 def expert_metas() -> dict[str, ParamMeta]:
-    """Parameters of a layer with five experts, every ratio above 1."""
+    """Parameters of a layer with five experts and latent attention, every ratio above 1."""
     e = 768
     glu = (Block("gate", 0, e, 2 * e, apart=True), Block("up", e, e, 2 * e, apart=True))
     metas = [
+        meta("latent", Role.LATENT, (512, 1024), base_fan_in=256, base_fan_out=128, layer=3),
+        meta("shared_key", Role.SHARED_KEY, (64, 1024), base_fan_in=256, layer=3),
         meta("router", Role.ROUTER, (5, 1024), base_fan_in=256, layer=3),
         meta(
             "expert_in",

@@ -33,12 +33,14 @@ STANDARD = {
     "position": (SIGMA_EMBEDDING, ETA_EMBEDDING, 0, EPS),
     "norm": (None, ETA, 0, EPS),
     "qkv": (SIGMA, ETA, LAMBDA, EPS),
+    "latent": (SIGMA, ETA, LAMBDA, EPS),
     "qkv_bias": (None, ETA, 0, EPS),
     "q_norm": (None, ETA, 0, EPS),
     "proj": (SIGMA / sqrt(2 * LAYERS), ETA, LAMBDA, EPS),
     "fc1": (SIGMA, ETA, LAMBDA, EPS),
     "fc2": (SIGMA / sqrt(2 * LAYERS), ETA, LAMBDA, EPS),
     "router": (SIGMA, ETA, LAMBDA, EPS),
+    "shared_key": (SIGMA, ETA, LAMBDA, EPS),
     "expert_in": (SIGMA, ETA, LAMBDA, EPS),
     "expert_out": (SIGMA / sqrt(2 * LAYERS), ETA, LAMBDA, EPS),
     "final_norm": (None, ETA, 0, EPS),
@@ -51,12 +53,14 @@ MUP = {
     "position": (SIGMA_EMBEDDING, ETA_EMBEDDING, 0, EPS / M_N),
     "norm": (None, ETA, 0, EPS / M_N),
     "qkv": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N),
+    "latent": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N),
     "qkv_bias": (None, ETA, 0, EPS / M_N),
     "q_norm": (None, ETA, 0, EPS),
     "proj": (SIGMA / sqrt(2 * LAYERS) / sqrt(M_A), ETA / M_A, LAMBDA * M_A, EPS / M_N),
     "fc1": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N),
     "fc2": (SIGMA / sqrt(2 * LAYERS) / sqrt(M_F), ETA / M_F, LAMBDA * M_F, EPS / M_N),
     "router": (SIGMA / M_N, ETA / M_N, LAMBDA * M_N, EPS),
+    "shared_key": (SIGMA / M_N, ETA / M_N, LAMBDA * M_N, EPS),
     "expert_in": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N),
     "expert_out": (SIGMA / sqrt(2 * LAYERS) / sqrt(M_E), ETA / M_E, LAMBDA * M_E, EPS / M_N),
     "final_norm": (None, ETA, 0, EPS / M_N),
@@ -69,12 +73,14 @@ COMPLETEP_1 = {
     "position": (SIGMA_EMBEDDING, ETA_EMBEDDING, 0, EPS / M_N),
     "norm": (None, ETA, 0, EPS / M_N / M_L),
     "qkv": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N / M_L),
+    "latent": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N / M_L),
     "qkv_bias": (None, ETA, 0, EPS / M_N / M_L),
     "q_norm": (None, ETA, 0, EPS / M_L),
     "proj": (SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_A), ETA / M_A, LAMBDA * M_A, EPS / M_N / M_L),
     "fc1": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N / M_L),
     "fc2": (SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_F), ETA / M_F, LAMBDA * M_F, EPS / M_N / M_L),
     "router": (SIGMA / M_N, ETA / M_N, LAMBDA * M_N, EPS / M_L),
+    "shared_key": (SIGMA / M_N, ETA / M_N, LAMBDA * M_N, EPS / M_L),
     "expert_in": (SIGMA / sqrt(M_N), ETA / M_N, LAMBDA * M_N, EPS / M_N / M_L),
     "expert_out": (SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_E), ETA / M_E, LAMBDA * M_E, EPS / M_N / M_L),
     "final_norm": (None, ETA, 0, EPS / M_N),
@@ -87,6 +93,7 @@ COMPLETEP_HALF = {
     "position": (SIGMA_EMBEDDING, ETA_EMBEDDING, 0, EPS / M_N),
     "norm": (None, ETA / sqrt(M_L), 0, EPS / M_N / sqrt(M_L)),
     "qkv": (SIGMA / sqrt(M_N), ETA / M_N / sqrt(M_L), LAMBDA * M_N, EPS / M_N / sqrt(M_L)),
+    "latent": (SIGMA / sqrt(M_N), ETA / M_N / sqrt(M_L), LAMBDA * M_N, EPS / M_N / sqrt(M_L)),
     "qkv_bias": (None, ETA / sqrt(M_L), 0, EPS / M_N / sqrt(M_L)),
     "q_norm": (None, ETA / sqrt(M_L), 0, EPS / sqrt(M_L)),
     "proj": (
@@ -103,6 +110,7 @@ COMPLETEP_HALF = {
         EPS / M_N / sqrt(M_L),
     ),
     "router": (SIGMA / M_N, ETA / M_N / sqrt(M_L), LAMBDA * M_N, EPS / sqrt(M_L)),
+    "shared_key": (SIGMA / M_N, ETA / M_N / sqrt(M_L), LAMBDA * M_N, EPS / sqrt(M_L)),
     "expert_in": (SIGMA / sqrt(M_N), ETA / M_N / sqrt(M_L), LAMBDA * M_N, EPS / M_N / sqrt(M_L)),
     "expert_out": (
         SIGMA / sqrt(2 * BASE_LAYERS) / sqrt(M_E),
@@ -373,7 +381,7 @@ def test_muon_step_satisfies_the_spectral_condition(grown, mode):
 def test_muon_by_head_follows_the_head(grown):
     """A head's matrix has as many rows as the head is wide, and the columns of the whole."""
     m, head, base_head = grown.metas["qkv"], 128, 64
-    assert m.head_rows == head
+    assert {block.size // block.heads for block in m.blocks} == {head}
     for mode in SCALE_MODES:
         case = under(grown, "mup", optimizer="muon", muon_scale_mode=mode, muon_split_heads=True)
         growth = scaling(m, case.config).lr * muon_norm(mode, head, 1024)
@@ -467,8 +475,8 @@ def test_every_role_has_a_row(grown_with_experts):
     assert {m.role for m in grown_with_experts.metas.values()} == set(Role)
     assert {kind_of(m) for m in grown_with_experts.metas.values()} == set(Kind)
     for scheme in SCHEMES.values():
-        # Everett's and u-muP's papers have no routers; experts are refused there.
-        assert set(scheme.rows) | {Kind.ROUTER} == set(Kind)
+        # Everett's and u-muP's papers have no routers and no shared key; experts and latents are refused there.
+        assert set(scheme.rows) | {Kind.ROUTER, Kind.SHARED_KEY} == set(Kind)
         assert all(row.source for row in scheme.rows.values())
 
 

@@ -96,6 +96,17 @@ def test_other_features(pool, reference, layout, recompute):
 
 
 @pytest.mark.parametrize(
+    "layout", ["tp2", *(pytest.param(name, marks=pytest.mark.long) for name in ("tp2-sp", "pp2", "fsdp2"))]
+)
+def test_output_layer_and_loss_in_one(pool, reference, layout):
+    """Over chunks that don't divide the tokens, with z-loss, against the two of them on one rank."""
+    flags = (cases.FEATURES, "--cross-entropy-fusion-impl linear --loss-chunk-size 6")
+    case = cases.LAYOUTS[layout]
+    seen = pool.run(case.ranks, cases.observe, cases.with_layout(cases.config_of(*flags), case))[0]
+    assert_parity(seen, reference(cases.FEATURES), "adam")
+
+
+@pytest.mark.parametrize(
     ("scheme", "layout"),
     [
         # One of each scheme in `make test`.

@@ -13,6 +13,11 @@ from tests.runs import config_of, model_of
 
 # PyTorch's own RMSNorm keeps other tensors on a CPU than on a GPU; LayerNorm has one kernel on each.
 BASE = "--normalization LayerNorm"
+# On a CPU, values of another width than queries run by the formula.
+LATENT = (
+    "--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 6 "
+    "--disable-bias-linear --attention-backend unfused"
+)
 
 
 def saved_bytes(config: Config) -> int:
@@ -56,6 +61,8 @@ def one_layer(config: Config) -> int:
         "--hidden-dropout 0.1",
         "--attention-backend unfused",
         "--attention-backend unfused --num-query-groups 2",
+        f"{LATENT} --q-lora-rank 24",
+        f"{LATENT} --qk-layernorm",
     ],
 )
 def test_layers_keep_what_autograd_saves(flags):

@@ -49,6 +49,8 @@ LAYOUTS = {
         "--num-distributed-optimizer-instances 2 --untie-embeddings-and-output-weights",
         8,
     ),
+    "pp-interleaved": ("--pipeline-model-parallel-size 2 --num-layers 5 --pipeline-schedule Interleaved1F1B", 2),
+    "pp-v-tied": ("--pipeline-model-parallel-size 2 --num-layers 5 --pipeline-schedule ZBVZeroBubble", 4),
     "pp-fsdp": ("--pipeline-model-parallel-size 2 --use-torch-fsdp2 --untie-embeddings-and-output-weights", 4),
 }
 PRECISIONS = {"fp32": "", "bf16": "--bf16", "bf16-main": "--bf16 --main-params-dtype bf16"}

@@ -15,6 +15,11 @@ WORLD_SIZES = {
     "continue-pretraining.yaml": 8,
     "moe-8b-a1b.yaml": 8,
     "mixtral-like.yaml": 64,
+    "llama3-8b.yaml": 64,
+    "qwen3-1.7b.yaml": 8,
+    "xmodel-2.5.yaml": 8,
+    "deepnet-200.yaml": 8,
+    "moonlight-16b.yaml": 64,
 }
 
 

@@ -51,10 +51,13 @@ LAYOUTS = {
     "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
     "fsdp2": FSDP,
     "pp2": "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1",
+    "cp2": "--context-parallel-size 2",
+    "pp2-v": "--pipeline-model-parallel-size 2 --pipeline-schedule ZBVZeroBubble",
 }
+LONG = ("cp2", "pp2-v")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in LAYOUTS])
 @pytest.mark.parametrize(
     "flags", ["--optimizer muon", pytest.param("--untie-embeddings-and-output-weights", marks=pytest.mark.long)]
 )

@@ -1,9 +1,18 @@
 from __future__ import annotations
 
-import pytest
+import os
+import threading
+import time
 
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_mup.checkpoint.background import BackgroundSaver
 from megatron_mup.config import ConfigError
-from megatron_mup.training.launch import Launch, first_host
+from megatron_mup.training.flight import last_collective, record_collectives
+from megatron_mup.training.launch import Launch, first_host, shorten_timeouts
+from tests.runs import config_of
 
 NAMES = (
     "RANK",
@@ -89,3 +98,52 @@ def test_contradictions(launched, variables, said):
 )
 def test_first_host(nodelist, host):
     assert first_host(nodelist) == host
+
+
+RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+DUMPS = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+
+
+@pytest.mark.parametrize("given", [{}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}])
+def test_the_flight_recorder_is_on_unless_the_user_says_otherwise(monkeypatch, given):
+    for name in RECORDER + DUMPS:
+        monkeypatch.setenv(name, "")  # so that monkeypatch takes back what is set below
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    record_collectives(None)
+    found = {name: os.environ[name] for name in RECORDER + DUMPS if name in os.environ}
+    assert found == (given or {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"})
+    record_collectives("/runs/1b")
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "/runs/1b/flight-recorder/rank_"
+
+
+def wait_in_vain() -> tuple[str, float]:
+    """What rank 0 waits for in a collective that rank 1 doesn't enter, and how that ends under a short timeout."""
+    group, saver = dist.new_group(), BackgroundSaver()
+    shorten_timeouts(config_of("--distributed-timeout-seconds-after-init 1"))
+    patient = saver._group
+    assert patient is not None
+    if dist.get_rank() == 1:
+        time.sleep(3)  # longer than the timeout; only the saver's group waits for that
+        dist.all_reduce(torch.ones(1), group=patient)
+        shorten_timeouts(config_of("--distributed-timeout-seconds-after-init 300"))
+        return "", 0.0
+    seen: list[str] = []
+    observer = threading.Timer(0.5, lambda: seen.append(last_collective()))
+    observer.start()
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)timed out"):
+        dist.all_reduce(torch.ones(3), group=group)
+    seconds = time.monotonic() - begin
+    observer.join()
+    dist.all_reduce(torch.ones(1), group=patient)
+    shorten_timeouts(config_of("--distributed-timeout-seconds-after-init 300"))
+    return seen[0], seconds
+
+
+def test_a_short_timeout_for_all_groups_but_that_of_saves(pool):
+    said, seconds = pool.run(2, wait_in_vain)[0]
+    assert said.startswith("waits in gloo:all_reduce number 1 of group")
+    assert "[[3]]" in said
+    assert seconds >= 1

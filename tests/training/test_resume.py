@@ -23,7 +23,12 @@ LAYOUTS = {
     "one": (1, ""),
     "dp2": (2, ""),
     "tp2-sp-pp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"),
+    "cp2-fsdp2": (4, "--context-parallel-size 2 --use-torch-fsdp2"),
 }
+ENDS = "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
+for name in ("Interleaved1F1B", "ZBVZeroBubble"):
+    LAYOUTS[name] = (2, f"--pipeline-model-parallel-size 2 {ENDS} --pipeline-schedule {name}")
+LONG = ("cp2-fsdp2", "Interleaved1F1B", "ZBVZeroBubble")
 TRAIN, VALID = "train/lm loss", "validation/lm loss"
 
 
@@ -53,7 +58,9 @@ def unbroken(pool, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in LAYOUTS]
+)
 def test_resumes_bitwise_in_the_same_layout(pool, unbroken, tmp_path, layout):
     """Stopped inside the ramp and again after it."""
     whole = unbroken(layout)
@@ -71,7 +78,18 @@ def test_resumes_bitwise_in_the_same_layout(pool, unbroken, tmp_path, layout):
         assert torch.equal(tensors[key], value), key
 
 
-@pytest.mark.parametrize(("before", "after"), [("dp2", "one"), ("one", "tp2-sp-pp2")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("dp2", "one"),
+        ("one", "tp2-sp-pp2"),
+        pytest.param("cp2-fsdp2", "dp2", marks=pytest.mark.long),
+        pytest.param("tp2-sp-pp2", "cp2-fsdp2", marks=pytest.mark.long),
+        pytest.param("tp2-sp-pp2", "Interleaved1F1B", marks=pytest.mark.long),
+        pytest.param("Interleaved1F1B", "ZBVZeroBubble", marks=pytest.mark.long),
+        pytest.param("ZBVZeroBubble", "one", marks=pytest.mark.long),
+    ],
+)
 def test_resumes_in_another_layout(pool, unbroken, tmp_path, before, after):
     run(pool, before, tmp_path, "--exit-interval 3")
     run(pool, after, tmp_path, "--exit-interval 4")

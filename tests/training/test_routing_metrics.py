@@ -35,7 +35,10 @@ def test_a_run_records_them(tmp_path):
     flags = "--num-experts 4 --disable-bias-linear --moe-layer-freq [0]+[1] --moe-per-layer-logging --train-iters 2"
     outcome = pretrain(words(flags, f"--metrics-file {file} --moe-aux-loss-coeff 0.01"))
     assert outcome.code == 0, outcome.err
-    for line in map(json.loads, file.read_text().splitlines()):
+    start, *steps = map(json.loads, file.read_text().splitlines())
+    assert start["run"]["ranks"] == 1
+    assert len(steps) == 2
+    for line in steps:
         tokens = [line[f"moe/layer 1/tokens of expert {e}"] for e in range(4)]
         assert sum(tokens) == 4 * 16 * 2
         assert line["moe/MaxVio"] == pytest.approx(max(tokens) / 32 - 1)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_mup.config import parse_config
+from megatron_mup.config import ConfigError, parse_config
+from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization import table
 from megatron_mup.parametrization.schemes import SCHEMES, Attention, Kind, Ratios, Scheme
 from megatron_mup.transfer.check import CheckPlan, check_plan, exponents_of, promises
@@ -31,6 +32,8 @@ HEADS = CheckPlan(widths=(64, 128, 256), depths=(2,), steps=8, grow="head-dim", 
 
 def verdicts(mesh, plan: CheckPlan, *flags: str) -> list[Verdict]:
     config = check_plan(parse_config(f"{TOY} {' '.join(flags)} --train-iters 1".split()).config, plan, 1)
+    if config.moe.num_experts:
+        mesh = Mesh.build(config, mesh.device)
     rows = list(measure_sizes(config, 64, mesh, plan.sizes, plan.steps, [config.training.seed], plan.grow))
     return judge(rows, exponents_of(config), plan.tolerance)
 
@@ -140,3 +143,85 @@ def test_unbroken_attention_passes(lone_mesh):
     """At the learning rate that a broken one needs to show, where other quantities of so small a model waver."""
     failed = failures(verdicts(lone_mesh, HEADS, "--parametrization completep --depth-alpha 0.5 --lr 3e-2"))
     assert not any(line.startswith("activation change") for line in failed), failed
+
+
+ROUTED = "--num-experts 4 --moe-ffn-hidden-size 64 --moe-aux-loss-coeff 0.01"
+EXPERTS = CheckPlan(widths=(64,), depths=(2,), experts=(4, 8, 16), steps=4, tolerance=0.3)
+"""Tokens of one of many experts are more alike than those of one of few, so that their steps add up a little more."""
+ROUTED_LARGE = {
+    "width": replace(WIDTH, widths=(64, 128, 256, 512)),
+    "experts": replace(EXPERTS, experts=(4, 8, 16, 32)),
+    "both": replace(EXPERTS, widths=(64, 128, 256)),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("plan", [WIDTH, EXPERTS], ids=["width", "experts"])
+def test_experts_pass(lone_mesh, plan, optimizer):
+    flags = f"{ROUTED} --parametrization completep --optimizer {optimizer}"
+    assert failures(verdicts(lone_mesh, plan, flags)) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("scheme", ["mup", "completep"])
+@pytest.mark.parametrize("plan", ROUTED_LARGE)
+@pytest.mark.parametrize(
+    "routing", ["", "--moe-router-score-function sigmoid --moe-shared-expert-intermediate-size 64"]
+)
+def test_experts_grid(lone_mesh, plan, scheme, optimizer, routing):
+    flags = f"{ROUTED} {routing} --parametrization {scheme} --optimizer {optimizer}"
+    assert failures(verdicts(lone_mesh, ROUTED_LARGE[plan], flags)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell", "quantity", "name"),
+    [
+        (Kind.ROUTER, "lr_width", UPDATE, "mlp.router"),
+        (Kind.ROUTER, "init", "activation", "mlp.router"),
+        pytest.param(Kind.HIDDEN, "lr_width", UPDATE, "mlp.experts.linear_fc1", marks=pytest.mark.long),
+    ],
+)
+def test_every_broken_rule_of_experts_is_seen(lone_mesh, monkeypatch, kind, cell, quantity, name):
+    monkeypatch.setattr(table, "SCHEMES", {**SCHEMES, "completep": without(kind, cell)(SCHEMES["completep"])})
+    plan = replace(WIDTH, widths=(64, 256))
+    failed = failures(verdicts(lone_mesh, plan, f"{ROUTED} --parametrization completep"))
+    assert any(line.startswith(f"{quantity} of {name}") for line in failed), failed
+
+
+def test_experts_must_be_there(lone_mesh):
+    with pytest.raises(ConfigError, match="the recipe has no experts"):
+        verdicts(lone_mesh, EXPERTS, "")
+
+
+LATENT = (
+    "--multi-latent-attention --q-lora-rank 48 --kv-lora-rank 32 --qk-head-dim 12 --qk-pos-emb-head-dim 4 "
+    "--v-head-dim 16 --num-query-groups 4 --qk-layernorm --parametrization completep"
+)
+
+
+SMALL_LATENT = replace(WIDTH, tolerance=0.3)
+"""At the smallest width latents and heads are so narrow that sizes waver."""
+LARGE_LATENT = replace(WIDTH, widths=(128, 256, 512))
+
+
+@pytest.mark.parametrize(
+    ("plan", "optimizer"),
+    [
+        (SMALL_LATENT, "muon --muon-split-heads"),
+        pytest.param(LARGE_LATENT, "adam", marks=pytest.mark.long),
+        pytest.param(LARGE_LATENT, "muon", marks=pytest.mark.long),
+        pytest.param(LARGE_LATENT, "muon --muon-scale-mode spectral", marks=pytest.mark.long),
+        pytest.param(DEPTH, "adam", marks=pytest.mark.long),
+        pytest.param(DEPTH, "muon", marks=pytest.mark.long),
+    ],
+)
+def test_latent_attention_passes(lone_mesh, plan, optimizer):
+    assert failures(verdicts(lone_mesh, plan, f"{LATENT} --optimizer {optimizer}")) == []
+
+
+def test_the_shared_key_is_no_hidden_matrix(lone_mesh, monkeypatch):
+    rows = {**SCHEMES["completep"].rows, Kind.SHARED_KEY: SCHEMES["completep"].rows[Kind.HIDDEN]}
+    monkeypatch.setattr(table, "SCHEMES", {**SCHEMES, "completep": replace(SCHEMES["completep"], rows=rows)})
+    failed = failures(verdicts(lone_mesh, replace(WIDTH, widths=(64, 256)), LATENT))
+    assert any(line.startswith("spectral norm of shared_key") for line in failed), failed

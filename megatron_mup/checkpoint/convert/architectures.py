@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megatron_mup.checkpoint.convert import routing
+from megatron_mup.checkpoint.convert.names import ExpertNames
 from megatron_mup.checkpoint.rescale import Rescaling, quotient
 from megatron_mup.config import Config, ConfigError, ModelConfig, ParametrizationConfig, TrainingConfig
 from megatron_mup.parametrization.schemes import Operations
@@ -29,6 +31,8 @@ class Architecture:
         qk_norm: whether queries and keys are normed; it always or never does.
         window: whether it takes a sliding window.
         multipliers: whether it has fields for multipliers.
+        experts: names of router and experts in its files; None: it has none.
+        dense_layers: whether some of its layers may be without experts, and softmax may come before the choice.
     """
 
     model_type: str
@@ -37,7 +41,19 @@ class Architecture:
     qk_norm: bool = False
     window: bool = False
     multipliers: bool = False
+    experts: ExpertNames | None = None
+    dense_layers: bool = False
 
+
+_MIXTRAL = ExpertNames(
+    "block_sparse_moe.gate",
+    ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+    "block_sparse_moe.experts.{}.w2",
+)
+_QWEN = ExpertNames("mlp.gate", ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"), "mlp.experts.{}.down_proj")
+_GRANITE = ExpertNames(
+    "block_sparse_moe.router.layer", ("block_sparse_moe.input_linear",), "block_sparse_moe.output_linear"
+)
 
 ARCHITECTURES = {
     a.model_type: a
@@ -47,6 +63,9 @@ ARCHITECTURES = {
         Architecture("qwen3", "Qwen3ForCausalLM", ("none",), qk_norm=True),
         Architecture("mistral", "MistralForCausalLM", ("none",), window=True),
         Architecture("granite", "GraniteForCausalLM", ("none", "all"), multipliers=True),
+        Architecture("mixtral", "MixtralForCausalLM", ("none",), window=True, experts=_MIXTRAL),
+        Architecture("qwen3_moe", "Qwen3MoeForCausalLM", ("none",), qk_norm=True, experts=_QWEN, dense_layers=True),
+        Architecture("granitemoe", "GraniteMoeForCausalLM", ("none",), multipliers=True, experts=_GRANITE),
     )
 }
 
@@ -81,12 +100,14 @@ def from_hf_config(values: Any, source: str) -> Config:
     layer_types = set(getattr(values, "layer_types", None) or ()) - {"full_attention"}
     if layer_types:
         raise refuse("layer_types", sorted(layer_types)[0])
+    if kind.dense_layers and values.sliding_window is not None:
+        raise refuse("sliding_window", values.sliding_window)
     heads = values.num_attention_heads
     window = values.sliding_window if kind.window else None
     model = ModelConfig(
         num_layers=values.num_hidden_layers,
         hidden_size=values.hidden_size,
-        ffn_hidden_size=values.intermediate_size,
+        ffn_hidden_size=values.intermediate_size if kind.experts is None or kind.dense_layers else None,
         num_attention_heads=heads,
         num_query_groups=values.num_key_value_heads,
         kv_channels=getattr(values, "head_dim", None) or values.hidden_size // heads,
@@ -110,7 +131,8 @@ def from_hf_config(values: Any, source: str) -> Config:
             mup_output_mult=1.0 / values.logits_scaling,
         )
     training = TrainingConfig(seq_length=values.max_position_embeddings)
-    return Config(model=model, parametrization=rules, training=training)
+    moe = routing.from_fields(kind, values)
+    return Config(model=model, moe=moe, parametrization=rules, training=training)
 
 
 def _biases(kind: Architecture, values: Any, refuse: Any) -> dict[str, Any]:
@@ -147,12 +169,14 @@ class Target:
         fields: of its ``config.json``.
         fold: factors that the weights must take up, because the architecture doesn't apply them itself.
         unties: whether embedding and output layer, which were one matrix, become two.
+        gates: factor on the gates of the experts, which their output weights must take up.
     """
 
     architecture: Architecture
     fields: dict[str, Any]
     fold: Rescaling
     unties: bool
+    gates: float = 1.0
 
 
 def to_hf_config(config: Config, name: str | None = None, multipliers: Multipliers | None = None) -> Target:
@@ -170,11 +194,11 @@ def to_hf_config(config: Config, name: str | None = None, multipliers: Multiplie
     model = config.model
     _check_exportable(config)
     if name is None:
-        name = _plainest(model, multipliers)
+        name = _plainest(config, multipliers)
     kind = ARCHITECTURES[name]
     if multipliers is None:
         multipliers = "granite" if kind.multipliers else "fold"
-    _check_holds(kind, model, multipliers)
+    _check_holds(kind, config, multipliers)
     wanted = forward_multipliers(config)
     applied = plain_multipliers(config)
     if multipliers == "granite":
@@ -191,7 +215,8 @@ def to_hf_config(config: Config, name: str | None = None, multipliers: Multiplie
             "residual_multiplier": applied.attention_branch,
             "logits_scaling": 1.0 / applied.logits,
         }
-    return Target(kind, fields, Rescaling(fold, qk_norm=kind.qk_norm), unties=was_tied and not tied)
+    gates = config.moe.moe_router_topk_scaling_factor or 1.0
+    return Target(kind, fields, Rescaling(fold, qk_norm=kind.qk_norm), unties=was_tied and not tied, gates=gates)
 
 
 def plain_multipliers(config: Config) -> ForwardMultipliers:
@@ -209,9 +234,12 @@ def plain_multipliers(config: Config) -> ForwardMultipliers:
     return ForwardMultipliers(1.0, 1.0 / math.sqrt(config.model.head_dim), 1.0, 1.0, 1.0)
 
 
-def _plainest(model: ModelConfig, multipliers: Multipliers | None) -> str:
+def _plainest(config: Config, multipliers: Multipliers | None) -> str:
+    model, has_experts = config.model, config.moe.num_experts is not None
     if multipliers == "granite":
-        return "granite"
+        return "granitemoe" if has_experts else "granite"
+    if has_experts:
+        return "qwen3_moe" if model.qk_layernorm else "mixtral"
     if model.qk_layernorm:
         return "qwen3"
     if biases_of(model) == "qkv":
@@ -229,30 +257,39 @@ def _check_exportable(config: Config) -> None:
         ("rotary_percent", 1.0),
         ("norm_position", "pre"),
         ("norm_affine", True),
+        ("multi_latent_attention", False),
     ):
         value = getattr(model, name)
         if value != needed:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"{flag} {value}", f"the architectures of Hugging Face that are written here need {needed}", "keep it"
+                f"{flag} {value}",
+                f"the architectures of Hugging Face that are written here need {needed}",
+                "export another model",
             )
+    routing.check_exportable(config)
 
 
-def _check_holds(kind: Architecture, model: ModelConfig, multipliers: Multipliers) -> None:
-    biases = biases_of(model)
-    why = None
-    if biases not in kind.biases:
-        why = f"it has biases on {' or '.join(kind.biases)} of its linear layers, the model on {biases}"
-    elif model.qk_layernorm != kind.qk_norm:
-        why = f"it {'needs' if kind.qk_norm else 'has no'} norms on queries and keys (--qk-layernorm)"
-    elif model.window_size is not None and not kind.window:
-        why = f"it has no sliding window (--window-size {model.window_size})"
-    elif multipliers == "granite" and not kind.multipliers:
-        why = "it has no fields for multipliers"
-    elif kind.model_type == "llama" and model.hidden_size % model.num_attention_heads:
-        why = f"it wants --hidden-size {model.hidden_size} to divide by {model.num_attention_heads} heads"
+def _check_holds(kind: Architecture, config: Config, multipliers: Multipliers) -> None:
+    why = routing.why_not(kind, config) or _why_not(kind, config.model, multipliers)
     if why:
         raise ConfigError(f"--architecture {kind.model_type}", why, "choose another one, or leave the flag out")
+
+
+def _why_not(kind: Architecture, model: ModelConfig, multipliers: Multipliers) -> str | None:
+    """Why an architecture can't hold the rest of a model; None if it can."""
+    biases = biases_of(model)
+    if biases not in kind.biases:
+        return f"it has biases on {' or '.join(kind.biases)} of its linear layers, the model on {biases}"
+    if model.qk_layernorm != kind.qk_norm:
+        return f"it {'needs' if kind.qk_norm else 'has no'} norms on queries and keys (--qk-layernorm)"
+    if model.window_size is not None and not kind.window:
+        return f"it has no sliding window (--window-size {model.window_size})"
+    if multipliers == "granite" and not kind.multipliers:
+        return "it has no fields for multipliers"
+    if kind.model_type == "llama" and model.hidden_size % model.num_attention_heads:
+        return f"it wants --hidden-size {model.hidden_size} to divide by {model.num_attention_heads} heads"
+    return None
 
 
 def _fields(config: Config, kind: Architecture, tied: bool) -> dict[str, Any]:
@@ -280,4 +317,4 @@ def _fields(config: Config, kind: Architecture, tied: bool) -> dict[str, Any]:
         fields |= {"attention_bias": model.linear_bias, "mlp_bias": model.linear_bias}
     if kind.window:
         fields["sliding_window"] = None if model.window_size is None else model.window_size + 1
-    return fields
+    return fields | routing.to_fields(kind, config)

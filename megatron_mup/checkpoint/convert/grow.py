@@ -1,35 +1,35 @@
-"""A trained model made deeper or wider in its MLPs that computes what it did (arXiv 2308.06103).
+"""A trained model made deeper or wider that computes what it did (arXiv 2308.06103).
 
 New layers start with output projections of zero, so they add nothing to the residual stream; new MLP channels start
-with output columns of zero. All else that is new has the initial values of a new run.
+with output columns of zero; new channels of the residual stream are zero, because nothing writes to them yet. All else
+that is new has the initial values of a new run.
+
+A stream of H channels and H' - H zeros has a mean square that is H / H' of what it was. RMSNorm makes of it the same
+where its epsilon shrinks as much and its gains take up sqrt(H / H'). Norms on queries and keys have the same epsilon;
+they give the same where queries and keys shrink by sqrt(H / H').
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megatron_mup.checkpoint.convert import logits
+from megatron_mup.checkpoint.convert.derive import derive, initial
 from megatron_mup.checkpoint.convert.hf import scaled
 from megatron_mup.checkpoint.convert.names import fuse, split
-from megatron_mup.checkpoint.convert.output import ConversionError, staged
-from megatron_mup.checkpoint.manifest import Manifest
 from megatron_mup.checkpoint.rescale import Rescaling, rescaling
-from megatron_mup.checkpoint.save import save
-from megatron_mup.checkpoint.state import MODEL, LazyPiece
 from megatron_mup.checkpoint.whole import SavedModel, open_model
-from megatron_mup.config import Config, ConfigError, to_dict
+from megatron_mup.config import Config, ConfigError
 from megatron_mup.config.rules import check_layout, check_model
 from megatron_mup.models.gpt import parameter_metas
-from megatron_mup.parallel.mesh import AXES
-from megatron_mup.parametrization.init import initial_values
-from megatron_mup.parametrization.meta import ParamMeta
-from megatron_mup.parametrization.report import table_rows
-from megatron_mup.parametrization.table import scaling
+from megatron_mup.parametrization.meta import ParamMeta, Role
+from megatron_mup.parametrization.schemes import Operations
+from megatron_mup.parametrization.table import scheme_of
 
 
 def sources(old: int, new: int) -> list[int | None]:
@@ -45,6 +45,7 @@ def grow(
     step: int | None = None,
     num_layers: int | None = None,
     ffn_hidden_size: int | None = None,
+    hidden_size: int | None = None,
     say: Callable[[str], None] = print,
 ) -> logits.Comparison:
     """Writes a larger model of the same function, weights only, as iteration 0.
@@ -53,7 +54,7 @@ def grow(
         folder: what ``--save`` named.
         target: a new folder.
         step: iteration; default: the latest.
-        num_layers, ffn_hidden_size: the new sizes; default: as they are.
+        num_layers, ffn_hidden_size, hidden_size: the new sizes; default: as they are.
         say: told what happens.
 
     Raises:
@@ -61,43 +62,40 @@ def grow(
         ConversionError: the result computes something else.
     """
     saved = open_model(folder, step)
-    config = _grown(saved.config, num_layers, ffn_hidden_size)
-    change, layers = rescaling(saved.config, config), sources(saved.config.model.num_layers, config.model.num_layers)
+    config = grown_config(saved.config, num_layers, ffn_hidden_size, hidden_size)
     metas = {meta.name: meta for meta in parameter_metas(config, saved.vocab_size)}
-    pieces = [
-        LazyPiece(
-            key=f"{MODEL}/{meta.name}",
-            tensor=torch.empty(meta.shape, device="meta"),
-            shape=meta.shape,
-            offsets=(0,) * len(meta.shape),
-            make=partial(_value, meta, metas, saved, config, change, layers),
-        )
-        for meta in metas.values()
-    ]
-    manifest = Manifest(
-        iteration=0,
-        consumed_samples=0,
-        config=to_dict(config),
-        parametrization=table_rows(list(metas.values()), config),
-        layout=dict.fromkeys(AXES, 1),
-        extra={"grown": {"from": str(saved.path), "layers": layers}},
+    layers = sources(saved.config.model.num_layers, config.model.num_layers)
+    growth = _Growth(saved, config, metas, rescaling(saved.config, config), layers)
+    comparison = derive(
+        saved, config, metas, growth.value, target, {"grown": {"from": str(saved.path), "layers": layers}}
     )
-    with staged(target) as temporary:
-        save(temporary, list(pieces), manifest)
-        tokens = logits.random_tokens(saved.vocab_size)
-        before, after = (logits.our_logits(one, tokens) for one in (saved, open_model(temporary)))
-        comparison = logits.compare(after, before, logits.TOLERANCE[torch.float32])
-        if not comparison.holds:
-            raise ConversionError(comparison)
-    say(f"layers: {', '.join('new' if layer is None else str(layer) for layer in layers)}; old weights are {change}")
+    told = ", ".join("new" if layer is None else str(layer) for layer in layers)
+    say(f"layers: {told}; old weights are {growth.change}")
+    if growth.shrink != 1.0:
+        say(
+            f"gains of norms are multiplied by {growth.shrink:.6g}; --norm-epsilon {config.model.norm_epsilon!r} and "
+            f"--kv-channels {config.model.kv_channels} belong to the new model"
+        )
     say(f"{comparison}\nwrote {target}")
     return comparison
 
 
-def _grown(config: Config, num_layers: int | None, ffn_hidden_size: int | None) -> Config:
+def grown_config(
+    config: Config, num_layers: int | None = None, ffn_hidden_size: int | None = None, hidden_size: int | None = None
+) -> Config:
+    """The configuration of a larger model; None leaves a size as it is.
+
+    Raises:
+        ConfigError: it can't compute what the model computes, or sizes don't fit.
+    """
     model = config.model
     layers, ffn = num_layers or model.num_layers, ffn_hidden_size or model.ffn_size
-    for flag, old, new in (("--num-layers", model.num_layers, layers), ("--ffn-hidden-size", model.ffn_size, ffn)):
+    hidden = hidden_size or model.hidden_size
+    for flag, old, new in (
+        ("--num-layers", model.num_layers, layers),
+        ("--ffn-hidden-size", model.ffn_size, ffn),
+        ("--hidden-size", model.hidden_size, hidden),
+    ):
         if new < old:
             raise ConfigError(f"{flag} {new}", f"the model has {old}, and growing only adds", f"use {old} or more")
     if config.moe.num_experts is not None:
@@ -106,40 +104,76 @@ def _grown(config: Config, num_layers: int | None, ffn_hidden_size: int | None) 
         raise ConfigError(
             f"--norm-position {model.norm_position}", "a norm behind a branch undoes its zeros", "grow a pre-norm model"
         )
-    grown = replace(config, model=replace(model, num_layers=layers, ffn_hidden_size=ffn))
-    check_model(grown)
-    check_layout(grown, 1)
-    return grown
+    grown = replace(model, num_layers=layers, ffn_hidden_size=ffn)
+    if hidden != model.hidden_size:
+        _check_width(config, hidden)
+        epsilon = model.norm_epsilon * model.hidden_size / hidden
+        grown = replace(grown, hidden_size=hidden, kv_channels=model.head_dim, norm_epsilon=epsilon)
+    result = replace(config, model=grown)
+    check_model(result)
+    check_layout(result, 1)
+    return result
 
 
-def _value(
-    meta: ParamMeta,
-    metas: dict[str, ParamMeta],
-    saved: SavedModel,
-    config: Config,
-    change: Rescaling,
-    layers: list[int | None],
-) -> torch.Tensor:
-    """The value of a parameter of the larger model."""
-    name = meta.name
-    # What a branch puts out is zero where it is new.
-    is_output = ".linear_proj." in name or ".linear_fc2." in name
-    value = torch.zeros(meta.shape) if is_output else _initial(meta, config)
-    if meta.layer is not None:
-        source = layers[meta.layer]
-        if source is None:
-            return value
-        name = name.replace(f".layers.{meta.layer}.", f".layers.{source}.", 1)
-    weight = metas.get(f"{meta.name.rpartition('.')[0]}.weight", meta)
-    old = saved.tensor(name)
-    parts = split(old, weight.blocks)
-    blocks: list[str | None] = [block.name for block in weight.blocks] or [None]
-    parts = [scaled(part, change.factor(meta, block)) for part, block in zip(parts, blocks, strict=True)]
-    value[tuple(slice(0, size) for size in old.shape)] = fuse(parts, weight.blocks)
-    return value
+def _check_width(config: Config, hidden: int) -> None:
+    """Refuses models that can't keep their function in a wider residual stream."""
+    model = config.model
+    why = None
+    if model.normalization != "RMSNorm":
+        why = f"--normalization {model.normalization} subtracts a mean, which zeros would change"
+    elif not model.norm_affine:
+        why = "norms have no gains that could make up for the zeros (--no-norm-affine)"
+    elif model.multi_latent_attention:
+        why = "the norms of latents (--multi-latent-attention) have the same epsilon as the stream's"
+    elif scheme_of(config).operations is not Operations.PLAIN:
+        why = f"operations are unit-scaled (--parametrization {config.parametrization.parametrization})"
+    if why:
+        raise ConfigError(f"--hidden-size {hidden}", why, "grow in layers and MLP width only")
 
 
-def _initial(meta: ParamMeta, config: Config) -> torch.Tensor:
-    std, seed = scaling(meta, config).init_std, config.training.seed
-    first = (0,) * len(meta.shape)
-    return initial_values(meta, std, seed, first, meta.shape, torch.device("cpu"), torch.float32)
+@dataclass(frozen=True)
+class _Growth:
+    """Values of a larger model.
+
+    Attributes:
+        saved: the small one.
+        config, metas: of the large one.
+        change: what its multipliers ask of the old weights.
+        layers: old number of each layer; None: a new one.
+    """
+
+    saved: SavedModel
+    config: Config
+    metas: Mapping[str, ParamMeta]
+    change: Rescaling
+    layers: list[int | None]
+
+    @property
+    def shrink(self) -> float:
+        """What the root of the stream's mean square is multiplied by."""
+        return math.sqrt(self.saved.config.model.hidden_size / self.config.model.hidden_size)
+
+    def value(self, meta: ParamMeta) -> torch.Tensor:
+        """The value of a parameter."""
+        name = meta.name
+        # What is new in the stream is zero: in what starts it, and in what branches put out.
+        writes = meta.role in (Role.EMBEDDING, Role.POSITION_EMBEDDING) or ".linear_proj." in name
+        value = torch.zeros(meta.shape) if writes or ".linear_fc2." in name else initial(meta, self.config)
+        if meta.layer is not None:
+            source = self.layers[meta.layer]
+            if source is None:
+                return value
+            name = name.replace(f".layers.{meta.layer}.", f".layers.{source}.", 1)
+        weight = self.metas.get(f"{meta.name.rpartition('.')[0]}.weight", meta)
+        old = self.saved.tensor(name)
+        blocks: list[str | None] = [block.name for block in weight.blocks] or [None]
+        parts = zip(split(old, weight.blocks), blocks, strict=True)
+        value[tuple(slice(0, size) for size in old.shape)] = fuse(
+            [scaled(part, self._factor(meta, block)) for part, block in parts], weight.blocks
+        )
+        return value
+
+    def _factor(self, meta: ParamMeta, block: str | None) -> float:
+        normed = self.config.model.qk_layernorm and block in ("query", "key")
+        shrinks = meta.role is Role.NORM or normed
+        return self.change.factor(meta, block) * (self.shrink if shrinks else 1.0)

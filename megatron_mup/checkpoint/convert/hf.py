@@ -12,22 +12,29 @@ from typing import Any
 import torch
 
 from megatron_mup.checkpoint.convert import logits
-from megatron_mup.checkpoint.convert.architectures import Multipliers, Target, from_hf_config, to_hf_config
+from megatron_mup.checkpoint.convert.architectures import (
+    ARCHITECTURES,
+    Multipliers,
+    Target,
+    from_hf_config,
+    to_hf_config,
+)
 from megatron_mup.checkpoint.convert.hf_files import HFWeights, Planned, hf_library, write_weights
 from megatron_mup.checkpoint.convert.names import HEAD, Entry, entries
-from megatron_mup.checkpoint.convert.output import ConversionError, staged
+from megatron_mup.checkpoint.convert.output import ConversionError, save_pieces, staged
 from megatron_mup.checkpoint.convert.tokenizer import export_tokenizer, import_tokenizer
 from megatron_mup.checkpoint.manifest import Manifest
-from megatron_mup.checkpoint.save import save
 from megatron_mup.checkpoint.state import MODEL, LazyPiece
 from megatron_mup.checkpoint.whole import SavedModel, open_model
 from megatron_mup.config import Config, ConfigError, to_dict
 from megatron_mup.config.bounds import check_bounds
+from megatron_mup.config.moe_rules import check_moe
 from megatron_mup.config.rules import check_layout, check_model
 from megatron_mup.models.gpt import parameter_metas
 from megatron_mup.parallel.mesh import AXES
 from megatron_mup.parametrization.meta import Role
 from megatron_mup.parametrization.report import table_rows
+from megatron_mup.progress import track
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Say = Callable[[str], None]
@@ -99,7 +106,7 @@ def to_hf(
         architecture = origin.get("model_type")
     plan = to_hf_config(saved.config, architecture, multipliers)
     say(f"{saved.path} becomes a {plan.architecture.model_class}; {_told_fold(plan)}")
-    steps = [_Export(entry, plan, dtype) for entry in entries(saved.metas)]
+    steps = [_Export(entry, plan, dtype) for entry in entries(saved.metas, plan.architecture.experts)]
     transformers = hf_library("transformers")
     fields = {name: origin.get(name) for name in _TOKEN_IDS}
     if eos is not None:
@@ -110,7 +117,7 @@ def to_hf(
     with staged(target) as temporary:
         values.save_pretrained(temporary)
         _add_older_names(temporary / "config.json")
-        tensors = (pair for s in steps for pair in s.tensors(saved))
+        tensors = (pair for s in track(steps, "writing tensors") for pair in s.tensors(saved))
         write_weights(temporary, planned, tensors, shard_bytes)
         missing = export_tokenizer(saved.config.data, temporary)
         if missing:
@@ -122,8 +129,13 @@ def to_hf(
 
 
 def _add_older_names(file: Path) -> None:
-    """Says the rotary embedding in the words of transformers 4 too, which would silently take its default base."""
+    """Says the rotary embedding in the words of transformers 4 too, which would silently take its default base.
+
+    And the number of experts, where its name was another.
+    """
     values = json.loads(file.read_text(encoding="utf-8"))
+    if values["model_type"] == "qwen3_moe":
+        values["num_experts"] = values["num_local_experts"]
     rope = dict(values["rope_parameters"])
     values["rope_theta"] = rope.pop("rope_theta")
     if rope["rope_type"] != "default":
@@ -154,7 +166,8 @@ class _Export:
         """What a weight takes up of the multipliers that its architecture doesn't apply."""
         if name == HEAD:
             return self.plan.fold.factors.logits
-        return self.plan.fold.factor(self.entry.meta, self.entry.blocks[part].name if self.entry.blocks else None)
+        gates = self.plan.gates if self.entry.meta.role is Role.EXPERT_OUT else 1.0
+        return gates * self.plan.fold.factor(self.entry.meta, self.entry.block(part))
 
     def _outputs(self) -> list[tuple[str, int, tuple[int, ...]]]:
         """Names, parts and shapes of what it becomes; a tied embedding becomes two where the factors differ."""
@@ -173,7 +186,7 @@ def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def _told_fold(plan: Target) -> str:
-    factors = {k: v for k, v in vars(plan.fold.factors).items() if v != 1.0}
+    factors = {k: v for k, v in {**vars(plan.fold.factors), "gates": plan.gates}.items() if v != 1.0}
     if not factors:
         return "no multiplier to fold"
     told = ", ".join(f"{name} {value:.6g}" for name, value in factors.items())
@@ -225,9 +238,10 @@ def from_hf(
     check_bounds(config)
     check_model(config)
     check_layout(config, 1)
+    check_moe(config, 1)
     assert config.model.vocab_size is not None
     metas = {meta.name: meta for meta in parameter_metas(config, config.model.vocab_size)}
-    steps = entries(metas)
+    steps = entries(metas, ARCHITECTURES[values.model_type].experts)
     _check_names(source, steps, weights, tied=values.tie_word_embeddings)
     pieces = [_piece(entry, weights) for entry in steps]
     with staged(target) as temporary:
@@ -235,7 +249,7 @@ def from_hf(
         if not data:
             say("no tokenizer found")
         config = replace(config, data=replace(config.data, **data))
-        save(temporary, list(pieces), _manifest(config, list(metas.values()), values))
+        save_pieces(temporary, pieces, _manifest(config, list(metas.values()), values))
         saved = open_model(temporary)
         comparison = check(saved, values, weights, torch.float32)
     say(f"{comparison}\nwrote {target}")

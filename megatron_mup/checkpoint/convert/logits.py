@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_mup.checkpoint.convert.architectures import ARCHITECTURES
 from megatron_mup.checkpoint.convert.hf_files import HFWeights, hf_library
 from megatron_mup.checkpoint.convert.names import EMBEDDING, HEAD
 from megatron_mup.checkpoint.whole import SavedModel
@@ -16,6 +17,10 @@ from megatron_mup.models.gpt import GPT, Stage
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference allowed, by the coarser of both precisions: rounding alone makes such a one."""
+
+
+# Its grouped products want strides of 16 bytes.
+_EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,19 @@ def hf_logits(config: Any, weights: HFWeights, tokens: list[int]) -> torch.Tenso
     """
     library = hf_library("transformers").AutoModelForCausalLM
     with torch.device("meta"):
-        model = library.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        model = library.from_config(config, dtype=torch.float32, **_EAGER).eval()
     # Its tables are no parameters; without the meta device they have values.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
 
+    experts = ARCHITECTURES[config.model_type].experts
+
     def read(name: str) -> torch.Tensor:
-        return weights.tensor(EMBEDDING if name == HEAD and config.tie_word_embeddings else name)
+        names = experts.of_module(name, config.num_local_experts) if experts is not None else None
+        if names is None:
+            return weights.tensor(EMBEDDING if name == HEAD and config.tie_word_embeddings else name)
+        if len(names) == 1:
+            return weights.tensor(names[0][0])
+        return torch.stack([torch.cat([weights.tensor(part) for part in parts]) for parts in names])
 
     _stream(model, [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head], read)
     logits: torch.Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]

@@ -16,11 +16,10 @@ from megatron_mup.checkpoint.convert import logits
 from megatron_mup.checkpoint.convert.architectures import plain_multipliers
 from megatron_mup.checkpoint.convert.megatron_files import LEGACY_FILE, MegatronWeights, is_gated, open_megatron
 from megatron_mup.checkpoint.convert.names import fuse, split
-from megatron_mup.checkpoint.convert.output import ConversionError, staged
+from megatron_mup.checkpoint.convert.output import ConversionError, save_pieces, staged
 from megatron_mup.checkpoint.files import POINTER, folder_name
 from megatron_mup.checkpoint.manifest import Manifest
 from megatron_mup.checkpoint.rescale import Rescaling, quotient
-from megatron_mup.checkpoint.save import save
 from megatron_mup.checkpoint.state import MODEL, LazyPiece
 from megatron_mup.checkpoint.whole import SavedModel, open_model
 from megatron_mup.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig, to_dict
@@ -112,7 +111,7 @@ def from_megatron(
         extra={"megatron": {"iteration": weights.iteration}},
     )
     with staged(target) as temporary:
-        save(temporary, list(pieces), manifest)
+        save_pieces(temporary, pieces, manifest)
     say(f"wrote {target}: iteration {weights.iteration}, {config.model.vocab_size} token ids")
 
 
@@ -193,7 +192,16 @@ def to_megatron(
 def _plain(saved: SavedModel) -> tuple[Config, Rescaling]:
     """The configuration without multipliers, and what the weights must take up."""
     config = saved.config
-    for name, needed in (("window_size", None), ("norm_position", "pre"), ("norm_affine", True)):
+    if config.moe.num_experts is not None:
+        raise ConfigError(
+            "--num-experts", "experts are not written in Megatron-LM's format", "export to Hugging Face's"
+        )
+    for name, needed in (
+        ("window_size", None),
+        ("norm_position", "pre"),
+        ("norm_affine", True),
+        ("multi_latent_attention", False),
+    ):
         if getattr(config.model, name) != needed:
             flag = f"--{name.replace('_', '-')} {getattr(config.model, name)}"
             raise ConfigError(flag, "is not written in Megatron-LM's format yet", "export to Hugging Face's")

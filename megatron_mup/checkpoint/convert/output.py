@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from megatron_mup.checkpoint.agree import reason
 from megatron_mup.checkpoint.convert.logits import Comparison
+from megatron_mup.checkpoint.manifest import Manifest
+from megatron_mup.checkpoint.save import save
+from megatron_mup.checkpoint.state import LazyPiece
 from megatron_mup.config import ConfigError
+from megatron_mup.progress import bar
 
 
 class ConversionError(Exception):
@@ -46,3 +53,18 @@ def staged(folder: str | Path) -> Iterator[Path]:
         raise ConfigError(f"--save {folder}", f"can't be written: {reason(error)}", "choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_pieces(folder: Path, pieces: Sequence[LazyPiece], manifest: Manifest) -> None:
+    """Writes a checkpoint of tensors that are made one by one, with a bar."""
+    with bar("writing tensors", len(pieces)) as advance:
+
+        def counted(make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            def made() -> torch.Tensor:
+                tensor = make()
+                advance(1)
+                return tensor
+
+            return made
+
+        save(folder, [replace(piece, make=counted(piece.make)) for piece in pieces], manifest)

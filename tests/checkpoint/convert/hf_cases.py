@@ -36,6 +36,7 @@ GRANITE = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.0156,
 }
+EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 3}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-biases-llama3-rope": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
@@ -51,6 +52,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "granite",
         {**GRANITE, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
+    "mixtral": ("mixtral", {**EXPERTS, "intermediate_size": 90}),
+    "mixtral-tied-window": ("mixtral", {**EXPERTS, "tie_word_embeddings": True, "sliding_window": 7, "head_dim": 10}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "moe_intermediate_size": 20, "norm_topk_prob": True, "head_dim": 12}),
+    "qwen3_moe-dense-layer": (
+        "qwen3_moe",
+        {**EXPERTS, "moe_intermediate_size": 24, "mlp_only_layers": [1], "head_dim": 8, "tie_word_embeddings": True},
+    ),
+    "granitemoe": ("granitemoe", {**GRANITE, **EXPERTS}),
+    "granitemoe-tied": ("granitemoe", {**GRANITE, **EXPERTS, "tie_word_embeddings": True, "num_key_value_heads": 6}),
 }
 
 
@@ -74,7 +84,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """``[batch, seq, vocab]`` by transformers itself, in fp32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
     with torch.no_grad():
         return model.eval()(tokens).logits
 

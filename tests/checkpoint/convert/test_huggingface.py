@@ -14,8 +14,10 @@ from megatron_mup.inference import load_model
 from tests.checkpoint.convert.hf_cases import MODELS, convert, hf_logits, make, tensors, tokens
 from tests.runs import saved_tensors
 
+LONG = ("mixtral-tied-window", "qwen3_moe", "granitemoe-tied")
 
-@pytest.mark.parametrize("name", MODELS)
+
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.long] if m in LONG else []) for m in MODELS])
 def test_round_trip(tmp_path, name, capsys):
     source, ours, back = make(name, tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
     assert convert("from-hf", "--load", source, "--save", ours) == 0
@@ -46,6 +48,7 @@ def test_round_trip(tmp_path, name, capsys):
     # transformers 4 and what reads its files knows these names only.
     assert configs[1]["rope_theta"] == configs[1]["rope_parameters"]["rope_theta"]
     assert ("rope_scaling" in configs[1]) == ("llama3" in name)
+    assert configs[1].get("num_experts") == (5 if "qwen3_moe" in name else None)
     # Beside the model nothing is written that a later conversion needs.
     assert sorted(os.listdir(ours)) == ["iter_0000000", "latest_checkpointed_iteration.txt"]
     assert sorted(os.listdir(back)) == ["config.json", "model.safetensors"]
@@ -91,6 +94,9 @@ REFUSED = [
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type = 'linear'"),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "layer_types = 'sliding_attention'"),
     ("llama", {"intermediate_size": 90}, "--ffn-hidden-size 90"),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window = 8"),
+    ("granitemoe", {"attention_bias": True}, "attention_bias = True with mlp_bias"),
+    ("mixtral", {"num_experts_per_tok": 1}, "--moe-router-topk 1"),
 ]
 
 

@@ -18,6 +18,7 @@ COMPLETEP = (
     f"{PLAIN} --parametrization completep --mup-base-hidden-size 16 --mup-base-head-dim 4 --base-num-layers 2 "
     "--mup-embedding-mult 3.3 --mup-output-mult 1.7 --mup-attention-mult 1.9 --mup-residual-mult 0.7"
 )
+EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 24 --moe-router-topk 3"
 LAYOUT = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"
 RUNS = {
     "completep": (1, COMPLETEP),
@@ -31,6 +32,13 @@ RUNS = {
         f"{PLAIN} --parametrization mup --mup-base-hidden-size 16 --mup-attention-residual-scale 1.4 "
         "--mup-ffn-residual-scale 1.1 --mup-output-mult 0.5",
     ),
+    "experts": (1, f"{COMPLETEP} {EXPERTS} --moe-expert-capacity-factor 0.5"),
+    "experts-ep2": (
+        2,
+        f"{COMPLETEP} {EXPERTS} --expert-model-parallel-size 2 --qk-layernorm --moe-layer-freq 2 "
+        "--moe-router-pre-softmax --moe-router-topk-scaling-factor 1.7",
+    ),
+    "experts-tp2-pp2-ep2": (4, f"{COMPLETEP} {EXPERTS} {LAYOUT} --expert-model-parallel-size 2"),
 }
 
 
@@ -66,6 +74,11 @@ def trained(pool, tmp_path_factory):
         ("window", (), "mistral"),
         ("xmodel", (), "llama"),
         ("xmodel", ("--multipliers", "granite"), "granite"),
+        pytest.param("experts", (), "mixtral", marks=pytest.mark.long),
+        pytest.param("experts", ("--multipliers", "granite"), "granitemoe", marks=pytest.mark.long),
+        ("experts-ep2", (), "qwen3_moe"),
+        pytest.param("experts-tp2-pp2-ep2", (), "mixtral", marks=pytest.mark.long),
+        ("experts-tp2-pp2-ep2", ("--multipliers", "granite"), "granitemoe"),
     ],
 )
 def test_a_trained_model_keeps_its_function(trained, tmp_path, run, flags, architecture):
@@ -112,6 +125,13 @@ def test_no_multiplier_leaves_the_bits_alone():
         ("", "llama", "granite", "it has no fields for multipliers"),
         ("--normalization LayerNorm", None, None, "--normalization LayerNorm: "),
         ("--rotary-percent 0.5", None, None, "--rotary-percent 0.5: "),
+        ("", "mixtral", None, "it is made of experts, and the model has none"),
+        (EXPERTS, "llama", None, "it has no experts"),
+        (f"{EXPERTS} --moe-layer-freq 2", None, None, "all of its layers have experts (--moe-layer-freq 2)"),
+        (f"{EXPERTS} --moe-router-pre-softmax", None, None, "its softmax is over the chosen experts"),
+        (f"{EXPERTS} --moe-router-score-function sigmoid", None, None, "--moe-router-score-function sigmoid: none of"),
+        (f"{EXPERTS} --moe-router-sqrt-gates", None, None, "--moe-router-sqrt-gates: none of"),
+        (f"{EXPERTS} --moe-shared-expert-intermediate-size 8", None, None, "intermediate-size 8: none of"),
     ],
 )
 def test_an_architecture_that_cannot_hold_the_model_is_refused(flags, architecture, multipliers, message):

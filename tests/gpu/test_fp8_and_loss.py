@@ -1,0 +1,79 @@
+"""One GPU: FP8 products against their plain twin, static FP8 and the fused loss in compiled bf16 models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mup.kernels.fp8 import E4M3, E5M2, device_has_fp8, fp8_product, fp8_product_reference, saturated
+from megatron_mup.parallel.mesh import Mesh
+from tests.gpu.gpu_runs import BF16, COMPLETEP, MUNIT, UMUP, gpu_config, train
+from tests.runs import relative_error, step_of
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
+NO_FP8 = "this GPU has no FP8"
+
+
+@pytest.fixture(autouse=True)
+def compile_anew():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("result", [torch.bfloat16, torch.float32])
+def test_product_equals_its_twin(dtype, result):
+    if not device_has_fp8(DEVICE):
+        pytest.skip(NO_FP8)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    a = saturated(torch.randn(80, 256, generator=generator, device=DEVICE), dtype)
+    b = saturated(torch.randn(144, 256, generator=generator, device=DEVICE), E4M3)
+    seen = fp8_product(a, b, 0.125, result, fast=False)
+    want = fp8_product_reference(a, b, 0.125, result)
+    assert relative_error(seen, want) < (2**-8 if result is torch.bfloat16 else 1e-4)
+    # With fewer bits in its sums it is near enough for a forward pass.
+    assert relative_error(fp8_product(a, b, 0.125, result, fast=True), want) < 1e-2
+
+
+@pytest.mark.parametrize("scheme", [UMUP, MUNIT], ids=["umup", "munit"])
+@pytest.mark.parametrize("kind", ["hybrid", "e4m3"])
+def test_static_fp8_trains_as_bf16(process_group, scheme, kind):
+    if not device_has_fp8(DEVICE):
+        pytest.skip(NO_FP8)
+    seen = {}
+    for flags in ("", f"--fp8-format {kind}"):
+        torch._dynamo.reset()
+        config = gpu_config(BF16, flags, scheme=scheme)
+        seen[flags] = train(config, Mesh.build(config, DEVICE), steps=5)["losses"]
+    want, got = seen.values()
+    assert not torch.equal(got, want), "nothing was cast"
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("scheme", [COMPLETEP, UMUP], ids=["completep", "umup"])
+def test_fused_loss_trains_as_the_plain_one(process_group, scheme):
+    seen = []
+    for flags in ("", "--cross-entropy-fusion-impl linear --loss-chunk-size 96"):
+        torch._dynamo.reset()
+        config = gpu_config(BF16, "--cross-entropy-z-loss 1e-3", flags, scheme=scheme)
+        seen.append(train(config, Mesh.build(config, DEVICE)))
+    torch.testing.assert_close(seen[1]["losses"], seen[0]["losses"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(seen[1]["norms"][0], seen[0]["norms"][0], rtol=2e-2, atol=0)
+
+
+def test_fused_loss_takes_less_memory(process_group):
+    """4096 tokens by 65536 ids: logits alone take 0.5 GiB."""
+    peaks = []
+    for flags in ("", "--cross-entropy-fusion-impl linear --loss-chunk-size 512"):
+        torch._dynamo.reset()
+        config = gpu_config(BF16, "--seq-length 2048 --vocab-size 65536 --global-batch-size 2", flags)
+        mesh = Mesh.build(config, DEVICE)
+        step = step_of(config, mesh, vocab_size=65536)
+        tokens = torch.randint(0, 65536, (2, 2048), device=DEVICE)
+        step({"tokens": tokens, "labels": tokens}, 1.0)
+        torch.cuda.reset_peak_memory_stats()
+        step({"tokens": tokens, "labels": tokens}, 1.0)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del step
+    assert peaks[1] < 0.5 * peaks[0], peaks
