@@ -55,12 +55,6 @@ def _obstacles(config: Config) -> list[tuple[str, bool, str, str]]:
             "drop it",
         ),
         (
-            "recompute_activations" if training.recompute_activations else "recompute_granularity",
-            training.recompute == "selective" and parallel.zero_stage == 3,
-            "with ZeRO-3 selective recomputation has given other losses than the native engine",
-            "use --recompute-granularity full",
-        ),
-        (
             "parametrization",
             config.parametrization.parametrization == "umup",
             "u-muP scales gradients between backward and the step, which is inside DeepSpeed",

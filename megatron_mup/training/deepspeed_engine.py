@@ -105,7 +105,12 @@ def _deepspeed(device: torch.device) -> Any:
 def engine_settings(config: Config, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's configuration. Micro-batches are counted and losses divided here, so it does neither."""
     parallel = config.parallel
-    zero: dict[str, Any] = {"stage": parallel.zero_stage, "reduce_bucket_size": BUCKET}
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        # Its own linear function saves memory, but selective recomputation gives wrong gradients through it.
+        "memory_efficient_linear": config.training.recompute != "selective",
+    }
     if parallel.optimizer_cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {

@@ -24,8 +24,6 @@ DEEPSPEED = "--distributed-engine deepspeed"
         ("--bf16 --main-params-dtype bf16", "fp32 weights"),
         ("--torch-compile", "compiled"),
         ("--parametrization umup --disable-bias-linear --untie-embeddings-and-output-weights", "gradients"),
-        ("--zero-stage 3 --recompute-activations", "other losses"),
-        ("--zero-stage 3 --recompute-granularity selective", "other losses"),
         ("--diagnostics-interval 2", "diagnostics"),
         ("--check-weight-hash-across-dp-replicas-interval 2", "replicas"),
         (f"{LOCAL} --non-persistent-save-interval 2 --save here", "one way to cut"),
