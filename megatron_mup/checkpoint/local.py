@@ -17,7 +17,7 @@ from typing import Any
 from megatron_mup.checkpoint import files
 from megatron_mup.checkpoint.agree import ALONE, Group, gathered, on_all, rank_of
 from megatron_mup.checkpoint.load import load as load_any
-from megatron_mup.checkpoint.manifest import Manifest
+from megatron_mup.checkpoint.manifest import Manifest, read_manifest
 from megatron_mup.checkpoint.save import save as save_any
 from megatron_mup.checkpoint.state import Piece
 from megatron_mup.config import Config, ConfigError
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def save(folder: str | Path, pieces: list[Piece], manifest: Manifest, run: str, group: Group = None) -> Path:
-    """Saves this rank's shards, and when all ranks have done so removes the local checkpoints before. Collective.
+    """Saves this rank's shards, and when all ranks have done so removes the run's local checkpoints before. Collective.
 
     Args:
         folder: on a disk of this node.
@@ -47,7 +47,7 @@ def save(folder: str | Path, pieces: list[Piece], manifest: Manifest, run: str, 
     manifest = replace(manifest, extra={**manifest.extra, RUN: run})
     root = rank_folder(folder, group)
     path = on_all(lambda: save_any(root, _own(pieces), manifest, group=ALONE), group)
-    clear(folder, path, group)
+    clear(folder, run, path, group)
     return path
 
 
@@ -94,10 +94,10 @@ def load(path: Path, pieces: list[Piece], config: Config, group: Group = None) -
     return on_all(lambda: load_any(path, _own(pieces), config, ALONE), group)
 
 
-def clear(folder: str | Path, keep: Path | None, group: Group = None) -> None:
-    """Removes this rank's local checkpoints but one."""
+def clear(folder: str | Path, run: str, keep: Path | None, group: Group = None) -> None:
+    """Removes this rank's local checkpoints of a run but one; those of other runs stay."""
     for path in files.checkpoints(rank_folder(folder, group)).values():
-        if path != keep:
+        if path != keep and _is_of(path, run):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -114,6 +114,13 @@ def _own(pieces: list[Piece]) -> list[Piece]:
         if piece.tensor.numel()
         for zeros in [(0,) * piece.tensor.dim()]
     ]
+
+
+def _is_of(path: Path, run: str) -> bool:
+    try:
+        return read_manifest(path).extra.get(RUN) == run
+    except ConfigError:
+        return False
 
 
 def _belongs(path: Path, run: str, layout: Mapping[str, Any]) -> bool:

@@ -59,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first_row: int, axis: TensorAxis
     ) -> tuple[torch.Tensor, torch.Tensor]:
         found = Softmax.of(logits.float(), labels, first_row, axis)
-        ctx.save_for_backward(logits, *found[1:])
+        ctx.save_for_backward(logits, *found)
         return found.loss, torch.where(found.valid, found.normalizer, 0.0)
 
     @staticmethod
@@ -67,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, grad_loss: torch.Tensor, grad_normalizer: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
         logits, *found = ctx.saved_tensors
-        grad = Softmax(grad_loss, *found).gradient(logits.float(), grad_loss, grad_normalizer)
+        grad = Softmax(*found).gradient(logits.float(), grad_loss, grad_normalizer)
         return grad.to(logits.dtype), None, None, None
 
 

@@ -130,7 +130,7 @@ class Checkpointer:
         progress = self._start(self._newer_global(path))
         if (folder := self._local_folder) is not None:
             # They are older than where the run stands, or of a future that it has left.
-            local.clear(folder, keep=None)
+            local.clear(folder, self._run, keep=None)
         return progress
 
     def _start(self, path: Path | None) -> Progress:

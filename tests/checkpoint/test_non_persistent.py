@@ -109,6 +109,16 @@ def test_a_rank_that_lost_its_part(pool, broken, loss):
     assert locals_of(folder) == ["rank_00000/iter_0000005", "rank_00001/iter_0000005"]
 
 
+def test_other_runs_on_the_disk_keep_theirs(pool, broken):
+    folder = broken("local")
+    for path in list(folder.glob("disk/*/iter_0000005")):
+        theirs = shutil.copytree(path, path.parent / "iter_0000003") / "manifest.json"
+        theirs.write_text(theirs.read_text().replace(str(folder / "run"), str(folder / "other")))
+    shutil.rmtree(folder / "disk" / "rank_00001" / "iter_0000005")
+    assert_goes_on(pool, folder, 4, local_flags(folder))
+    assert {"rank_00000/iter_0000003", "rank_00001/iter_0000003"} <= set(locals_of(folder))
+
+
 def test_another_layout_takes_what_any_layout_can_read(pool, broken):
     folder = broken("local")
     assert "iteration 4, " in run(pool, folder, local_flags(folder), ranks=1)
