@@ -31,7 +31,8 @@ def test_product_equals_its_twin(dtype, result):
     b = saturated(torch.randn(144, 256, generator=generator, device=DEVICE), E4M3)
     seen = fp8_product(a, b, 0.125, result, fast=False)
     want = fp8_product_reference(a, b, 0.125, result)
-    assert relative_error(seen, want) < (2**-8 if result is torch.bfloat16 else 1e-4)
+    # Hopper's tensor cores keep some 14 bits of an FP8 product's partial sums.
+    assert relative_error(seen, want) < (2**-8 if result is torch.bfloat16 else 2**-11)
     # With fewer bits in its sums it is near enough for a forward pass.
     assert relative_error(fp8_product(a, b, 0.125, result, fast=True), want) < 1e-2
 
@@ -73,7 +74,8 @@ def test_fused_loss_takes_less_memory(process_group):
         tokens = torch.randint(0, 65536, (2, 2048), device=DEVICE)
         step({"tokens": tokens, "labels": tokens}, 1.0)
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step({"tokens": tokens, "labels": tokens}, 1.0)
-        peaks.append(torch.cuda.max_memory_allocated())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
         del step
-    assert peaks[1] < 0.5 * peaks[0], peaks
+    assert peaks[0] - peaks[1] > 0.8 * 2**30, peaks  # logits and their gradient, both in bf16
