@@ -18,7 +18,7 @@ COPY examples examples
 COPY pretrain.py ./
 # All that the project needs but PyTorch: NVIDIA's build is there, under a version that pip takes for older than its own.
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; x = p['optional-dependencies']; \
-print('\n'.join(d for d in [*p['dependencies'], *x['data'], *x['wandb']] if not d.startswith('torch')))" \
+print('\n'.join(d for d in [*p['dependencies'], *x['data'], *x['prometheus'], *x['wandb']] if not d.startswith('torch')))" \
         > /tmp/requirements.txt \
     && pip install --no-cache-dir --requirement /tmp/requirements.txt \
     && pip install --no-cache-dir --no-deps --editable . \
@@ -43,7 +43,7 @@ COPY tools tools
 COPY examples examples
 COPY pretrain.py ./
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch==${TORCH}" \
-    && pip install --no-cache-dir --editable ".[data,wandb]" \
+    && pip install --no-cache-dir --editable ".[data,prometheus,wandb]" \
     && useradd --create-home --uid 10001 trainer
 USER 10001
 WORKDIR /home/trainer

@@ -3,7 +3,8 @@
     python benchmarks/newton_schulz.py [--sizes 4096x4096,...] [--beside FILE:FUNCTION ...] [--json OUT] [--no-llama]
 
 Others: ``torch.optim.Muon``'s function, emerging-optimizers if it can be imported (also with its symmetric kernel), and
-each FUNCTION of a Python FILE, which takes one bf16 matrix and returns its orthonormal factor. A function works once
+each FUNCTION of a Python FILE, which takes one bf16 matrix and returns its orthonormal factor. Kernels of FILE that
+tune themselves get no choice but the first of their configurations that has all of ``--tuning``. A function works once
 before it is timed, so that compiling and tuning stay out; how long that took is reported as ``start``. All work on
 the same random matrices, several in turn so that the cache holds none.
 
@@ -21,15 +22,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
+from megatron_mup.optim.matrix import matrices_at_once
 from megatron_mup.optim.newton_schulz import orthonormalize, orthonormalize_plain
 
+TUNING = "BLOCK_SIZE_M=128,BLOCK_SIZE_N=128,BLOCK_SIZE_K=64,num_stages=3,num_warps=8"
 Function = Callable[[torch.Tensor], torch.Tensor]
 SIZES = "2048x2048,2048x8192,4096x4096,4096x14336,8192x28672"
 LLAMA_3_8B = {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32}
-BATCH_NUMEL = 1 << 25  # elements that Muon orthonormalizes at once
 CLEAN_BYTES = 1 << 28  # inputs in turn add up to more than any cache
 
 
@@ -38,7 +41,18 @@ def ours(coefficients: str) -> Function:
     return lambda x: orthonormalize(x, 5, coefficients, torch.bfloat16)
 
 
-def contestants(beside: list[str]) -> dict[str, Function]:
+def settle(module: ModuleType, tuning: dict[str, int]) -> None:
+    """Leaves the kernels of a module one configuration each, so that nothing is tuned."""
+    for kernel in vars(module).values():
+        configs = getattr(kernel, "configs", None)
+        if not configs or not hasattr(kernel, "fn"):
+            continue
+        fitting = [c for c in configs if all({**c.kwargs, **vars(c)}.get(k) == v for k, v in tuning.items())]
+        kernel.configs = (fitting or configs)[:1]
+        print(f"{module.__name__}: {kernel.fn.__name__} with {kernel.configs[0]}", flush=True)
+
+
+def contestants(beside: list[str], tuning: dict[str, int]) -> dict[str, Function]:
     """All that can run here, by name."""
     found = {f"ours, {name}": ours(name) for name in ("quintic", "jordan", "polar_express")}
     found["ours without Gram space, quintic"] = lambda x: orthonormalize_plain(x, 5, "quintic", torch.bfloat16)
@@ -70,6 +84,7 @@ def contestants(beside: list[str]) -> dict[str, Function]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
+        settle(module, tuning)
         found[name] = getattr(module, name)
     return found
 
@@ -126,7 +141,7 @@ def time_set(function: Function, batched: bool, repeats: int, device: str) -> di
     """Milliseconds of all matrices of a Llama-3-8B; in batches as Muon forms them, if the function takes batches."""
     work = []
     for (m, n), count in LLAMA_3_8B.items():
-        batch = min(count, max(1, BATCH_NUMEL // (m * n))) if batched else 1
+        batch = min(count, matrices_at_once(2 * m * n, torch.device(device))) if batched else 1
         x = torch.randn(batch, m, n, device=device).to(torch.bfloat16)
         work.append((x if batched else x[0], count // batch))
 
@@ -162,13 +177,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--beside", action="append", default=[], metavar="FILE:FUNCTION")
+    parser.add_argument("--tuning", default=TUNING, help="NAME=NUMBER,... of kernels of --beside that tune themselves")
     parser.add_argument("--only", default="", help="run only functions whose name contains this")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-llama", action="store_true", help="without the whole set of a Llama-3-8B")
     parser.add_argument("--json", metavar="OUT", help="file to write")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    functions = {name: f for name, f in contestants(args.beside).items() if args.only in name}
+    tuning = {name: int(number) for name, _, number in (pair.partition("=") for pair in args.tuning.split(","))}
+    functions = {name: f for name, f in contestants(args.beside, tuning).items() if args.only in name}
     report: dict[str, object] = {
         "command": " ".join(sys.argv),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

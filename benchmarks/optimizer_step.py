@@ -7,6 +7,7 @@ say. The model takes one short sequence, for the phase doesn't depend on how man
 
 - ``device ms``: between events on the device, which is kept busy before the phase so that the host runs ahead;
 - ``host ms``: what the host needs to launch the phase;
+- ``start s``: the phase in the first two steps, in which kernels are compiled and CUDA graphs recorded;
 - ``floor ms``: for those that orthonormalize by Newton-Schulz once a step: the FLOPs of the Gram form with symmetric
   products, at 700 TFLOP/s, of one rank's share;
 - ``overhead``: more than the first optimizer's device time, as a share of a step of 64 k and of 0.5 M tokens per
@@ -44,10 +45,13 @@ BUSY_CYCLES = 100_000_000  # some 50 ms, more than any host needs to launch a st
 
 
 class OptimizerClock:
-    """Device and host time of the phase ``optimizer``, with the device busy before it."""
+    """Device and host time of the phase ``optimizer``, with the device busy before it.
 
-    def __init__(self, device: torch.device) -> None:
-        self.gpu = device.type == "cuda"
+    With ``waits`` the device is idle before it, and the host's time includes the device's.
+    """
+
+    def __init__(self, device: torch.device, waits: bool = False) -> None:
+        self.gpu, self.waits = device.type == "cuda", waits
         self.host: list[float] = []
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -57,14 +61,18 @@ class OptimizerClock:
         if phase != "optimizer":
             yield
             return
-        if self.gpu:
+        if self.gpu and self.waits:
+            torch.cuda.synchronize()
+        elif self.gpu:
             torch.cuda._sleep(BUSY_CYCLES)
             events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
             events[0].record()
         start = time.perf_counter()
         yield
+        if self.gpu and self.waits:
+            torch.cuda.synchronize()
         self.host.append(time.perf_counter() - start)
-        if self.gpu:
+        if self.gpu and not self.waits:
             events[1].record()
             self.events.append(events)
 
@@ -101,12 +109,14 @@ def measure(config: Config, steps: int, device: torch.device) -> dict[str, float
     samples = config.global_batch_size(dist.get_world_size()) // mesh.dp_size
     tokens = torch.randint(0, VOCAB_SIZE, (samples, config.training.seq_length), device=device)
     batch = {"tokens": tokens, "labels": tokens}
-    for _ in range(3):
-        step(batch, 1.0)
+    start = OptimizerClock(device, waits=True)
+    for _ in range(2):
+        step(batch, 1.0, timer=start)
+    step(batch, 1.0)
     clock = OptimizerClock(device)
     for _ in range(steps):
         step(batch, 1.0, timer=clock)
-    result = clock.medians()
+    result = clock.medians() | {"start s": sum(start.host)}
     if config.optimizer.optimizer in ONE_ORTHONORMALIZATION:
         result["floor ms"] = gram_flops(step, dist.get_world_size(mesh.matrix_group)) / FLOOR_RATE * 1e3
     return result

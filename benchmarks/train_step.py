@@ -11,8 +11,10 @@ With ``--beside`` another program is run before and after on the same machine wi
 
 FLOPs per token: 6 x (parameters in matrices, output layer included, embedding not) + attention, once with the causal
 half (6 x layers x width x seq) and once in full (12 x ...). MFU is against 989 TFLOP/s unless the GPU says otherwise,
-in FP8 too. Phases are a step's: ``forward`` and ``backward`` are the two parts of ``forward-backward`` in device time
-(without a pipeline), ``gradients`` is what comes between backward and the optimizer.
+in FP8 too. ``ms_per_step`` is the median of steps that are each waited for, ``ms_in_a_row`` the mean of as many that
+follow each other as in a run. Phases are a step's: ``forward`` and ``backward`` are the two parts of
+``forward-backward`` in device time (without a pipeline), ``gradients`` is what comes between backward and the
+optimizer.
 """
 
 from __future__ import annotations
@@ -35,12 +37,17 @@ from megatron_mup.config.validate import validate
 from megatron_mup.models.build import build_model
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.training.flops import flops_per_token, peak_flops
+from megatron_mup.training.forward_backward import Batch
 from megatron_mup.training.launch import Launch, init_process_group
 from megatron_mup.training.precision import settle_fp8
 from megatron_mup.training.step import TrainStep
 from megatron_mup.training.trainer import vocabulary_size
 
 VOCAB_SIZE = 32768
+DOCUMENT = 4096
+"""Mean length of documents, whose ends are random, under ``--reset-attention-mask``."""
+WARM_UP = 4
+"""Steps that aren't measured: compilers, kernels and communicators start."""
 PRESETS = {  # hidden, layers, heads, kv heads, ffn, micro-batch
     "dense-1b": (2048, 16, 32, 8, 8192, 2),
     "dense-1b-hd128": (2048, 16, 16, 8, 8192, 4),
@@ -115,21 +122,29 @@ class PhaseClock:
         return {name: round(value, 2) for name, value in times.items()}
 
 
+def prepare(config: Config, device: torch.device) -> tuple[TrainStep, Batch]:
+    """The trainer's step on this process group, its weights initialised, and this rank's part of a batch for it."""
+    mesh, vocab_size = Mesh.build(config, device), vocabulary_size(config)
+    step = TrainStep(build_model(config, vocab_size, mesh), config, mesh)
+    step.initialise()
+    samples = config.global_batch_size(dist.get_world_size()) // mesh.dp_size
+    # Ranks that share sequences see the same ones.
+    generator, shape = torch.Generator(device).manual_seed(mesh.dp_rank), (samples, config.training.seq_length)
+    tokens = torch.randint(0, vocab_size, shape, generator=generator, device=device)
+    batch = {"tokens": tokens, "labels": tokens}
+    if config.data.reset_attention_mask:
+        batch["document_ids"] = (torch.rand(shape, generator=generator, device=device) * DOCUMENT < 1).cumsum(1)
+    return step, batch
+
+
 def measure(config: Config, steps: int, device: torch.device, trace: str | None = None) -> dict[str, object]:
     """Builds the trainer's step on this process group, warms it up and times it; profiles one more into ``trace``."""
-    mesh = Mesh.build(config, device)
-    vocab_size = vocabulary_size(config)
-    model = build_model(config, vocab_size, mesh)
-    step = TrainStep(model, config, mesh)
-    step.initialise()
-    training = config.training
-    samples = config.global_batch_size(dist.get_world_size()) // mesh.dp_size
-    tokens = torch.randint(0, vocab_size, (samples, training.seq_length), device=device)
-    batch = {"tokens": tokens, "labels": tokens}
-    for _ in range(4):
+    step, batch = prepare(config, device)
+    training, vocab_size, samples = config.training, step.model.vocab_size, len(batch["tokens"])
+    for _ in range(WARM_UP):
         step(batch, 1.0)
     on_gpu, clock = device.type == "cuda", PhaseClock(steps, device)
-    clock.watch(model)
+    clock.watch(step.model)
     times = []
     for _ in range(steps):
         torch.cuda.synchronize() if on_gpu else None
@@ -137,13 +152,17 @@ def measure(config: Config, steps: int, device: torch.device, trace: str | None 
         step(batch, 1.0, timer=clock)
         torch.cuda.synchronize() if on_gpu else None
         times.append(time.perf_counter() - start)
-    phases = clock.medians()
+    phases, start = clock.medians(), time.perf_counter()
+    for _ in range(steps):
+        step(batch, 1.0)
+    torch.cuda.synchronize() if on_gpu else None
+    in_a_row = (time.perf_counter() - start) / steps
     if trace:
         with torch.profiler.profile() as profile:
             step(batch, 1.0)
         profile.export_chrome_trace(f"{trace}.{dist.get_rank()}" if dist.get_rank() else trace)
     seconds = statistics.median(times)
-    per_device = samples * mesh.dp_size * training.seq_length / seconds / dist.get_world_size()
+    per_device = samples * step.mesh.dp_size * training.seq_length / seconds / dist.get_world_size()
     half, full = (
         flops_per_token(config.model, training.seq_length, vocab_size, c, config.moe) for c in ("half", "full")
     )
@@ -153,6 +172,7 @@ def measure(config: Config, steps: int, device: torch.device, trace: str | None 
         "main_params_dtype": training.main_params_dtype,
         "optimizer": config.optimizer.optimizer,
         "ms_per_step": round(seconds * 1e3, 2),
+        "ms_in_a_row": round(in_a_row * 1e3, 2),
         "tokens_per_s": round(per_device),
         "tflops_causal_half": round(half * per_device / 1e12, 1),
         "tflops_full": round(full * per_device / 1e12, 1),

@@ -18,6 +18,8 @@ from typing import Any
 UMUP = "--parametrization umup --no-norm-affine"
 LINEAR = "--cross-entropy-fusion-impl linear"
 PLAIN = "bf16"
+TE = "--transformer-impl transformer_engine"
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 VARIANTS = {
     PLAIN: "",
     "fused loss": LINEAR,
@@ -30,7 +32,15 @@ VARIANTS = {
     "u-muP, FP8 e4m3": f"{UMUP} --fp8-format e4m3",
     "u-muP, FP8 hybrid, critical in bf16": f"{UMUP} --fp8-format hybrid --fp8-critical-bf16",
     "u-muP, FP8 hybrid, fused loss": f"{UMUP} --fp8-format hybrid {LINEAR}",
+    "TE bf16": TE,
+    "TE bf16, not compiled": f"{TE} --no-torch-compile",
+    **{f"TE FP8 {recipe}": f"{TE} --fp8-format hybrid --fp8-recipe {recipe}" for recipe in RECIPES},
+    **{
+        f"TE FP8 {recipe}, not compiled": f"{TE} --fp8-format hybrid --fp8-recipe {recipe} --no-torch-compile"
+        for recipe in RECIPES
+    },
 }
+"""Flags by name; ``TE`` is Transformer Engine, whose ``mxfp8`` asks for a Blackwell GPU."""
 
 
 def run(preset: str, flags: list[str]) -> dict[str, Any]:

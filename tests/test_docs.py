@@ -25,7 +25,7 @@ ELLIPSES = {"...", "…"}
 
 OTHERS = {
     *("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--max-restarts", "--signals-to-handle"),
-    *("--index-url", "--ntasks-per-node", "--signal", "--requeue"),
+    *("--index-url", "--nodes", "--ntasks", "--ntasks-per-node", "--signal", "--requeue"),
     *("--target", "--rm", "--gpus", "--ipc", "--ulimit", "--volume", "--workdir", "--user", "--build-arg"),
     *("--model", "--model_args", "--tasks"),
     *("--partitions", "--keep-sequential-samples", "--split-sentences", "--keep-newlines", "--vocab-file"),

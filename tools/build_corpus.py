@@ -4,7 +4,8 @@
 
 writes train.jsonl and validation.jsonl, one document per source file, in the order of their paths. Which part a file
 belongs to depends on its path alone, so bits per byte of different runs are of the same text. Files differ between
-versions of Python. Needs no network: the sources are those of the Python that runs this.
+versions of Python. Needs no network: the sources are those of the Python that runs this. --source takes other folders,
+as those of installed packages; of several, the folder's name is part of a path.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +43,20 @@ class Document:
         return int(hashlib.sha256(self.path.encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
 
 
-def documents(folder: Path) -> Iterator[Document]:
-    """Python files below a folder by path; no empty ones, no second copy of a text, none that isn't UTF-8."""
+def documents(folders: Sequence[Path]) -> Iterator[Document]:
+    """Python files below folders by path; no empty ones, no second copy of a text, none that isn't UTF-8."""
     seen = set()
-    for path in sorted(_sources(folder)):
-        try:
-            text = (folder / path).read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        digest = hashlib.sha256(text.encode()).digest()
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            yield Document(path, text)
+    for folder in folders:
+        prefix = "" if len(folders) == 1 else f"{folder.name}/"
+        for path in sorted(_sources(folder)):
+            try:
+                text = (folder / path).read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            digest = hashlib.sha256(text.encode()).digest()
+            if text.strip() and digest not in seen:
+                seen.add(digest)
+                yield Document(prefix + path, text)
 
 
 def _sources(folder: Path) -> Iterator[str]:
@@ -64,7 +67,7 @@ def _sources(folder: Path) -> Iterator[str]:
                 yield Path(at, name).relative_to(folder).as_posix()
 
 
-def write_corpus(folder: Path, output_dir: Path) -> dict[str, tuple[int, int]]:
+def write_corpus(folders: Sequence[Path], output_dir: Path) -> dict[str, tuple[int, int]]:
     """Writes ``train.jsonl`` and ``validation.jsonl``; a file appears when it is complete.
 
     Returns:
@@ -72,7 +75,7 @@ def write_corpus(folder: Path, output_dir: Path) -> dict[str, tuple[int, int]]:
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Document]] = {"train": [], "validation": []}
-    for document in documents(folder):
+    for document in documents(folders):
         parts["validation" if document.is_validation else "train"].append(document)
     sizes = {}
     for part, members in parts.items():
@@ -93,8 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--source",
         type=Path,
-        default=Path(sysconfig.get_path("stdlib")),
-        help="folder of Python sources; default: the standard library",
+        nargs="+",
+        default=[Path(sysconfig.get_path("stdlib"))],
+        help="folders of Python sources; default: the standard library",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -105,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     for part, (count, size) in sizes.items():
         print(f"{part}: {count:,} documents, {size:,} bytes")
     if not all(count for count, _ in sizes.values()):
-        print(f"error: {arguments.source} holds too few Python sources for a corpus", file=sys.stderr)
+        print(
+            f"error: {', '.join(map(str, arguments.source))} holds too few Python sources for a corpus", file=sys.stderr
+        )
         return 2
     return 0
 

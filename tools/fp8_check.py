@@ -22,12 +22,17 @@ import torch.nn.functional as F
 
 from megatron_mup.config import Config, ConfigError, parse_config
 from megatron_mup.config.rules import check_model
+from megatron_mup.kernels import te
 from megatron_mup.kernels.fp8 import device_has_fp8, fp8_linear
 from megatron_mup.models.gpt import parameter_metas
 from megatron_mup.training.trainer import vocabulary_size
 
 BF16 = "bf16"
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+"""Transformer Engine's."""
 REPEATS = 20
+WAIT = 20_000_000
+"""Cycles for which the GPU does nothing, about 10 ms, while the host launches what is measured."""
 
 
 class Shape(NamedTuple):
@@ -63,44 +68,30 @@ def shapes(config: Config, vocab_size: int) -> Counter[Shape]:
 
 
 def transformer_engine() -> dict[str, Layer]:
-    """Its linear layer under each recipe that this GPU has; nothing where it can't be imported."""
-    try:
-        import transformer_engine.pytorch as te
-        from transformer_engine.common import recipe as recipes
-    except (ImportError, OSError):
-        return {}
+    """The layers' product under each of its recipes that this machine has; none where it can't be imported."""
+    return {name: te_layer(te.recipe_of(name, "hybrid", 0, 1024, "max")) for name in RECIPES if not te.obstacle(name)}
 
-    def layer(recipe: object) -> Layer:
-        modules: dict[torch.Size, torch.nn.Module] = {}
 
-        def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            if weight.shape not in modules:
-                rows, columns = weight.shape
-                modules[weight.shape] = te.Linear(columns, rows, bias=False, params_dtype=weight.dtype)
-            with te.autocast(enabled=True, recipe=recipe):
-                return modules[weight.shape](x)
+def te_layer(recipe: object) -> Layer:
+    """The product of `layers.te` under a recipe; each shape is a layer of its own, each call a step."""
+    products: dict[torch.Size, te.Product] = {}
 
-        return run
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with te.one_step(recipe, None, train=True):
+            return products.setdefault(weight.shape, te.Product()).multiply(x, weight)
 
-    found = {}
-    if te.is_fp8_available():
-        found["delayed"] = layer(recipes.DelayedScaling())
-        found["tensorwise"] = layer(recipes.Float8CurrentScaling())
-    if te.is_fp8_block_scaling_available():
-        found["blockwise"] = layer(recipes.Float8BlockScaling())
-    if te.is_mxfp8_available():
-        found["mxfp8"] = layer(recipes.MXFP8BlockScaling())
-    return found
+    return run
 
 
 def milliseconds(layer: Layer, shape: Shape, device: torch.device) -> float:
-    """Median time of forward and backward on a GPU."""
+    """Median time of forward and backward on a GPU, the host being ahead, as it is in a step of large layers."""
     x = torch.randn(shape.tokens, shape.columns, dtype=torch.bfloat16, device=device, requires_grad=True)
     weight = torch.randn(shape.rows, shape.columns, dtype=torch.bfloat16, device=device, requires_grad=True)
     grad = torch.randn(shape.tokens, shape.rows, dtype=torch.bfloat16, device=device)
     pairs = []
     for _ in range(REPEATS + 5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(WAIT)
         start.record()
         layer(x, weight).backward(grad)
         end.record()

@@ -5,8 +5,9 @@
 
 Trains a grid of short runs, the recipe at each size and each value, and keeps every result: started again it goes on,
 after an interruption or with more seeds. --axis names one or several settings (lr,muon_lr move together); the grid is
-the recipe's value times --spacing^k. Further --axis are whole grids of their own. One worker process per GPU, or one
-per machine of a batch array (--worker I --of N); each worker compiles each size once.
+the recipe's value times --spacing^k. Further --axis are whole grids of their own. --workers N trains so many at a time,
+several on a GPU where models are too small to fill it; a worker stays, and takes the next trial when it is free. In a
+batch array, --worker I --of N runs one share of a round.
 
 Exit code: 0 complete, 1 trials are left, 2 a mistake in the flags.
 """
@@ -17,10 +18,11 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,7 @@ from megatron_mup.transfer.sizes import pin_base, sizes_of
 from megatron_mup.transfer.sweep import GridAxis, SweepPlan, curves_of, findings, format_findings, share, wanted
 from megatron_mup.transfer.telescope import TelescopePlan, format_levels, telescope
 from megatron_mup.transfer.trials import DIVERGED, Results, Trial, configured, digest, work
+from megatron_mup.transfer.workers import Job, Workers, places_for, told, visible_gpus
 
 Rounds = Callable[[Mapping[str, float]], list[Trial]]
 
@@ -59,7 +62,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--telescope", action="store_true", help="a smaller and finer grid at each width")
     parser.add_argument("--grow", choices=("heads", "head-dim"), default="heads", help="what grows with the width")
     parser.add_argument("--output", required=True, help="folder of the sweep")
-    parser.add_argument("--processes", type=int, help="worker processes (default: one per GPU, or one)")
+    parser.add_argument("--workers", type=int, help="worker processes, dealt out over the GPUs (default: one per GPU)")
     parser.add_argument("--worker", type=int, help="run only this worker's share of one round (batch arrays)")
     parser.add_argument("--of", type=int, help="number of workers, with --worker")
     parser.add_argument("--minutes", type=float, help="begin no trial that would end later; keep what is done")
@@ -69,6 +72,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         parser.error("--worker and --of go together")
     if arguments.worker is not None and not 0 <= arguments.worker < arguments.of:
         parser.error("--worker counts from 0 to below --of")
+    if arguments.workers is not None and arguments.workers < 1:
+        parser.error("--workers is at least 1")
     if arguments.spacing <= 1 or arguments.seeds < 1 or arguments.extend < 0:
         parser.error("--spacing must be above 1, --seeds at least 1, --extend at least 0")
     if arguments.telescope and (arguments.seeds > 1 or arguments.extend or len(arguments.depths) > 1):
@@ -164,15 +169,18 @@ def _run(
     if arguments.worker is not None:
         local(share(todo, arguments.worker, arguments.of))
         return int(bool(rounds(_done(results))))
-    processes = arguments.processes or max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
-    while todo:
-        before = len(_done(results))
-        left = local(todo) if processes == 1 else _spawn(argv, processes)
-        todo = rounds(_done(results))
-        if left or len(_done(results)) == before:
-            break
+    workers = arguments.workers or max(1, len(visible_gpus()))
+    if workers > 1:
+        _share_out(recipe, results, rounds, arguments, workers)
+    else:
+        while todo:
+            before = len(_done(results))
+            left = local(todo)
+            todo = rounds(_done(results))
+            if left or len(_done(results)) == before:
+                break
     report(arguments, _done(results))
-    if todo:
+    if todo := rounds(_done(results)):
         print(f"{len(todo)} trials of the next round are left; start again to go on")
     return int(bool(todo))
 
@@ -197,18 +205,21 @@ class _Local:
         return work(trials, recipe, vocab_size, self.mesh, self.results, worker, arguments.grow, arguments.minutes)
 
 
-def _spawn(argv: Sequence[str], processes: int) -> int:
-    """Runs one round in local processes, GPU by GPU; returns whether one of them stopped early."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    running = []
-    for number in range(processes):
-        environment = dict(os.environ)
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
-        command = [sys.executable, os.path.abspath(__file__), *argv, "--worker", str(number), "--of", str(processes)]
-        running.append(subprocess.Popen(command, env=environment))
-    codes = [process.wait() for process in running]
-    return int(any(code not in (0, 1) for code in codes))
+def _share_out(recipe: Config, results: Results, rounds: Rounds, arguments: argparse.Namespace, workers: int) -> None:
+    """Keeps worker processes busy until nothing is left or time is up."""
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+
+    def wanted() -> list[Job]:
+        return [Job(recipe, trial, arguments.output, arguments.grow) for trial in rounds(_done(results))]
+
+    def finished(job: Job, record: dict[str, Any]) -> None:
+        results.append("workers", record)
+        print(told(job, record), flush=True)
+
+    with Workers(places_for(workers)) as pool:
+        for record in results.read().values():
+            pool.lasted[arguments.output, record["hidden_size"], record["num_layers"]] = record["seconds"]
+        pool.run(wanted, finished, deadline)
 
 
 class _SweepReport:

@@ -1,7 +1,8 @@
-"""Saving while training goes on: shards are copied to host memory, and a thread saves the copies."""
+"""Saving while training goes on: shards are copied to host memory, and the copies saved, behind the run's back."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_mup.checkpoint import rng
+from megatron_mup.checkpoint.agree import on_all
+from megatron_mup.checkpoint.host_copies import HostCopies, Key
 from megatron_mup.checkpoint.manifest import Manifest
 from megatron_mup.checkpoint.save import save
 from megatron_mup.checkpoint.state import Piece
@@ -22,17 +25,34 @@ GROUP = "background save"
 class BackgroundSaver:
     """Saves one checkpoint at a time behind the run's back, just as `save` does. Collective.
 
-    Its ranks talk over a group of their own, so that their collectives don't mix with the run's. Host memory holds one
-    copy of this rank's shards, made once and used again.
+    A thread copies and saves. The shards are live: whoever changes them calls `before_update` first, so that a step's
+    forward and backward pass run while they are copied. Its ranks talk over a group of their own, so that their
+    collectives don't mix with the run's. Host memory holds one copy of this rank's shards, made once and used again.
     """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", group_desc=GROUP) if dist.is_initialized() else None
-        self._copies: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._done: Callable[[Path], None] | None = None
         self._path: Path | None = None
+        # Set when what remains to be copied is the device's work, up to the event.
+        self._issued = threading.Event()
+        self._issued.set()
+        self._copied: torch.cuda.Event | None = None
+
+    def prepare(self, pieces: list[Piece]) -> None:
+        """Has host memory made for pieces like these, meanwhile; the first save finds it. Not collective."""
+        self.finish()
+        offered = _offered(pieces)
+
+        def work() -> None:
+            # What goes wrong does so in the first save too, and is told there, on all ranks.
+            with contextlib.suppress(Exception):
+                self._copies.of(offered)
+
+        self._run(work, _device_of(offered))
 
     def start(
         self,
@@ -43,7 +63,7 @@ class BackgroundSaver:
         retain_interval: int | None,
         done: Callable[[Path], None],
     ) -> None:
-        """Copies the pieces and returns; waits first for a save that is still under way.
+        """Begins to save the pieces as they are now; waits first for a save that is still under way.
 
         Args:
             folder, pieces, manifest, keep_last, retain_interval: as `save` takes them.
@@ -53,18 +73,24 @@ class BackgroundSaver:
             ConfigError: the save before failed; the same on all ranks.
         """
         self.finish()
-        copies, state = self._staged(pieces), rng.rng_state()
+        offered, state = _offered(pieces), rng.rng_state()
+        device = _device_of(offered)
+        ready = torch.cuda.current_stream(device).record_event() if device is not None else None
 
         def work() -> None:
-            try:
-                self._path = save(folder, copies, manifest, keep_last, self._group, state, retain_interval)
-            except Exception as error:
-                self._error = error
+            copies = on_all(lambda: self._copied_pieces(offered, device, ready), self._group)
+            self._path = save(folder, copies, manifest, keep_last, self._group, state, retain_interval)
 
         self._done = done
-        # Not a daemon: a run that ends waits for its last checkpoint.
-        self._thread = threading.Thread(target=work, name="checkpoint")
-        self._thread.start()
+        self._issued.clear()
+        self._run(work, device)
+
+    def before_update(self) -> None:
+        """To be called before shards that are being saved change; the host waits only for what isn't the device's."""
+        self._issued.wait()
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+            self._copied = None
 
     def finish(self) -> None:
         """Waits for the save that is under way, if there is one.
@@ -82,18 +108,52 @@ class BackgroundSaver:
         if self._done is not None and self._path is not None:
             self._done(self._path)
 
-    def _staged(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces that this rank offers, with copies in host memory."""
-        staged, offered = [], {(piece.key, piece.offsets): piece for piece in pieces if piece.is_saved}
-        self._copies = {key: copy for key, copy in self._copies.items() if key in offered}
-        for key, piece in offered.items():
-            source = piece.value()
-            copy = self._copies.get(key)
-            if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
-                copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                self._copies[key] = copy
-            copy.copy_(source, non_blocking=True)
-            staged.append(replace(piece, tensor=copy))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return staged
+    def _run(self, work: Callable[[], None], device: torch.device | None) -> None:
+        def guarded() -> None:
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)  # of this thread
+                work()
+            except Exception as error:
+                self._error = error
+            finally:
+                self._issued.set()
+
+        # Not a daemon: a run that ends waits for its last checkpoint.
+        self._thread = threading.Thread(target=guarded, name="checkpoint")
+        self._thread.start()
+
+    @torch.no_grad()
+    def _copied_pieces(
+        self, offered: dict[Key, Piece], device: torch.device | None, ready: torch.cuda.Event | None
+    ) -> list[Piece]:
+        """The pieces with copies in host memory, complete; lets go of the pieces' own tensors."""
+        done = None
+        try:
+            copies = self._copies.of(offered)
+            stream = torch.cuda.Stream(device) if device is not None else None
+            with torch.cuda.stream(stream):
+                if stream is not None and ready is not None:
+                    stream.wait_event(ready)
+                for key, piece in offered.items():
+                    copies[key].copy_(piece.value(), non_blocking=True)
+                if stream is not None:
+                    done = self._copied = stream.record_event(torch.cuda.Event(blocking=True))
+        finally:
+            self._issued.set()
+        if done is not None:
+            done.synchronize()
+        pieces = [replace(piece, tensor=copies[key]) for key, piece in offered.items()]
+        # A temporary or a replaced tensor is the allocator's again only now, when nobody reads it any more.
+        offered.clear()
+        return pieces
+
+
+def _device_of(offered: dict[Key, Piece]) -> torch.device | None:
+    """The GPU that holds shards."""
+    return next((piece.tensor.device for piece in offered.values() if piece.tensor.is_cuda), None)
+
+
+def _offered(pieces: list[Piece]) -> dict[Key, Piece]:
+    """What this rank offers for saving, each place once."""
+    return {(piece.key, piece.offsets): piece for piece in pieces if piece.is_saved}

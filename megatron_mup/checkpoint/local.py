@@ -1,7 +1,8 @@
 """Checkpoints on each node's own disk: every rank saves what it holds, for itself.
 
-Each rank has a folder of its own, ``rank_00003``, and in it a checkpoint of the ordinary form whose tensors are this
-rank's shards. Such a checkpoint is good for the layout that saved it, and only while every rank finds its part.
+Each run has a folder of its own, in it each rank one, ``rank_00003``, and in that a checkpoint of the ordinary form
+whose tensors are this rank's shards. Such a checkpoint is good for the layout that saved it, and only while every rank
+finds its part.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +47,7 @@ def save(folder: str | Path, pieces: list[Piece], manifest: Manifest, run: str, 
         ConfigError: a rank can't write it; the same on all ranks. What stood there before still does.
     """
     manifest = replace(manifest, extra={**manifest.extra, RUN: run})
-    root = rank_folder(folder, group)
+    root = rank_folder(folder, run, group)
     path = on_all(lambda: save_any(root, _own(pieces), manifest, group=ALONE), group)
     clear(folder, run, path, group)
     return path
@@ -65,9 +67,9 @@ def find(
         after: iteration of the checkpoint to load otherwise; older ones don't count.
         group: the ranks that load; None means all.
     """
-    root = rank_folder(folder, group)
     mine = {
         iteration: path
+        for root in _roots(folder, run, group)
         for iteration, path in files.checkpoints(root).items()
         if (after is None or iteration > after) and _belongs(path, run, layout)
     }
@@ -96,14 +98,26 @@ def load(path: Path, pieces: list[Piece], config: Config, group: Group = None) -
 
 def clear(folder: str | Path, run: str, keep: Path | None, group: Group = None) -> None:
     """Removes this rank's local checkpoints of a run but one; those of other runs stay."""
-    for path in files.checkpoints(rank_folder(folder, group)).values():
-        if path != keep and _is_of(path, run):
-            shutil.rmtree(path, ignore_errors=True)
+    for root in _roots(folder, run, group):
+        for path in files.checkpoints(root).values():
+            if path != keep and _is_of(path, run):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def rank_folder(folder: str | Path, group: Group = None) -> Path:
-    """Where this rank saves."""
-    return Path(folder).absolute() / f"rank_{rank_of(group):05d}"
+def run_folder(folder: str | Path, run: str) -> Path:
+    """Where the ranks of a run save: runs that share a disk may have the same name, but no two the same path."""
+    return Path(folder).absolute() / f"{Path(run).name}-{zlib.crc32(run.encode()):08x}"
+
+
+def rank_folder(folder: str | Path, run: str, group: Group = None) -> Path:
+    """Where this rank of a run saves."""
+    return run_folder(folder, run) / f"rank_{rank_of(group):05d}"
+
+
+def _roots(folder: str | Path, run: str, group: Group) -> list[Path]:
+    """Where checkpoints of this rank may stand: all runs once shared one folder."""
+    own = rank_folder(folder, run, group)
+    return [Path(folder).absolute() / own.name, own]
 
 
 def _own(pieces: list[Piece]) -> list[Piece]:

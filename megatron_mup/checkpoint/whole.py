@@ -42,7 +42,7 @@ class SavedModel:
         return self.config.model.vocab_size
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Value of a parameter, in the precision in which it was saved."""
+        """Value of a parameter, or of a buffer by its name, in the precision in which it was saved."""
         return read_tensor(self.path, self._metadata, self._key(name))
 
     def dtype(self, name: str) -> torch.dtype:
@@ -52,7 +52,8 @@ class SavedModel:
         return dtype
 
     def _key(self, name: str) -> str:
-        return f"{MODEL}/{self.metas[name].tied_to or name}"
+        meta = self.metas.get(name)
+        return f"{MODEL}/{(meta.tied_to if meta else None) or name}"
 
 
 def open_model(folder: str | Path, step: int | None = None) -> SavedModel:
@@ -76,11 +77,14 @@ def open_model(folder: str | Path, step: int | None = None) -> SavedModel:
 
 
 def alone(config: Config) -> Config:
-    """The same model on one rank, with nothing recomputed, attention that takes any mask, and room for every token."""
+    """The same model on one rank, with nothing recomputed, PyTorch's products and norms, attention that takes any mask,
+    and room for every token."""
     training = replace(
         config.training,
         recompute_granularity="none",
         recompute_activations=False,
+        transformer_impl="local",
+        norm_impl="native",
         attention_backend="unfused" if config.training.attention_backend == "unfused" else "auto",
     )
     moe = replace(config.moe, moe_expert_capacity_factor=None, moe_pad_expert_input_to_capacity=False)

@@ -115,7 +115,6 @@ _TABLE = (
         note="gradients are summed in fp32 unless --grad-reduce-in-bf16 asks for bf16",
     ),
     Alias(flag="use-mcore-models", note="there is one model implementation"),
-    Alias(flag="transformer-impl", only="local", note="there is one layer implementation"),
     Alias(flag="ckpt-format", only="torch_dist", note="there is one checkpoint format, PyTorch's distributed one"),
     Alias(flag="use-dist-ckpt", note="checkpoints are always distributed"),
     Alias(flag="auto-detect-ckpt-format", note="there is one checkpoint format"),
@@ -143,6 +142,7 @@ _TABLE = (
     Alias(flag="no-bias-dropout-fusion", note=_FUSED),
     Alias(flag="no-rope-fusion", note=_FUSED),
     Alias(flag="cross-entropy-loss-fusion", note=_FUSED),
+    Alias(flag="use-pytorch-profiler", note="--profile always uses PyTorch's profiler"),
 )
 
 ALIASES: Mapping[str, Alias] = MappingProxyType({alias.flag: alias for alias in _TABLE})

@@ -14,6 +14,16 @@ class LoggingConfig:
     diagnostics_interval: int | None = None
     """Iterations between diagnoses of the steady state: sizes of activations, updates, singular values and epsilon.
     Each costs about a third of a step. Default: none."""
+    profile: bool = False
+    """Trace some steps with PyTorch's profiler."""
+    profile_step_start: int = 10
+    """First step of the trace."""
+    profile_step_end: int = 12
+    """Last step of the trace."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that trace."""
+    profile_dir: str = "profiles"
+    """Folder that takes a trace from each of these ranks, for ui.perfetto.dev or chrome://tracing."""
     progress: bool = True
     """Progress bar on a terminal."""
     tensorboard_dir: str | None = None

@@ -42,6 +42,9 @@ class OptimizerConfig:
     """Decay of AdamW's second moment."""
     adam_eps: float = 1e-8
     """AdamW's epsilon at base size; the parametrization scales it per parameter."""
+    adam_impl: Literal["native", "apex", "transformer_engine"] = "native"
+    """Whose kernel AdamW's step is on a GPU: ours; FusedAdam of NVIDIA's Apex or of Transformer Engine, for weights and
+    state in fp32. docs/performance.md says which is fastest."""
     lion_beta1: float = 0.9
     """Share of the momentum in Lion's step."""
     lion_beta2: float = 0.99
@@ -97,8 +100,8 @@ class OptimizerConfig:
     sphere_retraction: Literal["hard", "dynamic"] = "hard"
     """How matrices return to the sphere before each step. hard: W R / sigma; dynamic: W (1 + wd lr sign(R - sigma))
     with the weight decay wd."""
-    sphere_solver_steps: int = 5
-    """Rounds of spectral_sphere's search for the tangent direction; each narrows it eightfold."""
+    sphere_solver_steps: int = 3
+    """Rounds of spectral_sphere's search for the tangent direction; each narrows it 32-fold."""
     scion_constrained: bool = True
     """Keep scion's weights inside their balls: W = (1 - lr) W before each step."""
     scion_radius: float = 50.0
@@ -107,6 +110,8 @@ class OptimizerConfig:
     """Radius of the output layer (or tied embedding) under scion, in the norm hidden size * max |W|."""
     scion_embedding_radius: float = 1.0
     """Radius of an untied embedding under scion: the root mean square of a token's vector."""
+    optimizer_cuda_graph: bool = True
+    """Replay the matrix optimizer's work from CUDA graphs, on GPUs with Triton; else launch it kernel by kernel."""
     print_optimizer_plan: bool = False
     """Print which rank orthonormalizes which matrix, and how evenly the work is dealt."""
 

@@ -23,6 +23,8 @@ def check_paths(config: Config) -> None:
         folder = value_of(config, name)
         if folder is not None and not (name == "data_cache_path" and config.data.mock_data):
             _probe(told(config, name), folder)
+    if config.logging.profile:
+        _probe(told(config, "profile_dir"), config.logging.profile_dir)
     for name in ("metrics_file", "html_report"):
         file = value_of(config, name)
         if file is None:

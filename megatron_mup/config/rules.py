@@ -309,6 +309,12 @@ def check_optimizer(config: Config) -> None:
             "only muon's rule is known without whole matrices",
             "use --muon-distributed-mode owner, or --optimizer muon",
         )
+    if flags.adam_impl != "native" and config.training.bf16 and config.training.main_params_dtype == "bf16":
+        raise ConfigError(
+            told(config, "adam_impl", "main_params_dtype"),
+            "its kernel keeps both moments in fp32",
+            "use --main-params-dtype fp32, or --adam-impl native",
+        )
     sphere = flags.optimizer in ("muonsphere", "spectral_sphere")
     if sphere and flags.sphere_retraction == "dynamic" and flags.weight_decay == 0:
         raise _contradiction(
@@ -316,8 +322,29 @@ def check_optimizer(config: Config) -> None:
         )
 
 
+def check_cuda_graph(config: Config, world_size: int) -> None:
+    """What a graph of forward and backward can't hold, because it is another one in each step, or asks the host."""
+    if config.training.cuda_graph_impl == "none":
+        return
+    dropout = config.model.hidden_dropout or config.model.attention_dropout
+    for names, wrong, why in (
+        ((), world_size > 1, f"there are {world_size} ranks, and messages between them are not captured"),
+        (("num_experts",), config.moe.num_experts is not None, "how many tokens an expert gets is known on the device"),
+        (("hidden_dropout", "attention_dropout"), dropout, "its keys come from the host"),
+        (("diagnostics_interval",), config.logging.diagnostics_interval is not None, "a diagnosis looks inside"),
+        (("distributed_engine",), config.parallel.distributed_engine != "native", "the engine has a step of its own"),
+        (("transformer_impl",), config.training.transformer_impl != "local", "its recipes act between passes"),
+    ):
+        if wrong:
+            raise ConfigError(told(config, "cuda_graph_impl", *names), why, "drop --cuda-graph-impl")
+
+
 def check_kernels(config: Config) -> None:
-    """Attention kernels and what they lack."""
+    """Attention kernels and what they lack; one way to recompute at a time."""
+    training = config.training
+    if training.recompute != "none" and training.torch_compile and training.activation_memory_budget < 1:
+        recompute = "recompute_activations" if training.recompute_activations else "recompute_granularity"
+        raise _contradiction(config, recompute, "activation_memory_budget", "both say what is recomputed")
     backend, dropout = config.training.attention_backend, config.model.attention_dropout
     if backend in ("flash", "fused") and dropout > 0:
         raise ConfigError(
@@ -460,8 +487,20 @@ def check_checkpoint(config: Config) -> None:
             raise ConfigError(f"{flag} ''", "an empty path is no folder", f"give {flag} FOLDER, or drop it")
 
 
-def check_logging(config: Config) -> None:
-    """What the report is made from."""
+def check_logging(config: Config, world_size: int) -> None:
+    """Steps and ranks of the profile, and what the report is made from."""
+    logging = config.logging
+    if logging.profile_step_start > logging.profile_step_end:
+        raise ConfigError(
+            told(config, "profile_step_start", "profile_step_end"),
+            "the trace would end before it begins",
+            f"use --profile-step-end {logging.profile_step_start} or more",
+        )
+    beyond = [rank for rank in logging.profile_ranks if rank >= world_size]
+    if logging.profile and beyond:
+        raise ConfigError(
+            told(config, "profile_ranks"), f"there are {world_size} ranks, from 0 on", "name ranks that there are"
+        )
     if config.logging.html_report is not None and config.logging.metrics_file is None:
         raise ConfigError(
             told(config, "html_report"), "the page shows what --metrics-file records", "give --metrics-file FILE too"

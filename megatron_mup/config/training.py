@@ -40,12 +40,22 @@ class TrainingConfig:
     of a stage."""
     recompute_num_layers: int = 1
     """Layers per chunk (uniform) or per stage (block)."""
+    activation_memory_budget: float = 1.0
+    """Share of a compiled layer's activations that is kept; the compiler recomputes what saves that much most cheaply.
+    1 keeps what is fastest, 0 the layer's input."""
     recompute_activations: bool = False
     """Same as --recompute-granularity selective."""
     torch_compile: bool = False
     """Compile each transformer layer with torch.compile."""
+    cuda_graph_impl: Literal["none", "local"] = "none"
+    """Launch the kernels of forward and backward one by one; or all at once, as a CUDA graph that the fourth step
+    captures: for a small model on one GPU. Changes nothing on a CPU."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Whose matrix products the layers take: PyTorch's, or Transformer Engine's."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     """Attention kernel: PyTorch's choice; FlashAttention; cuDNN; the plain formula."""
+    norm_impl: Literal["native", "apex"] = "native"
+    """Whose kernels norms are on a GPU: PyTorch's, which a compiler fuses with their neighbours, or Apex's."""
     cross_entropy_z_loss: float = 0.0
     """Coefficient of the z-loss, mean over tokens of log(sum exp(logits))^2."""
     cross_entropy_fusion_impl: Literal["native", "linear"] = "native"
@@ -53,6 +63,10 @@ class TrainingConfig:
     are never held."""
     loss_chunk_size: int = 2048
     """Tokens per chunk of --cross-entropy-fusion-impl linear."""
+    manual_gc: bool = False
+    """Keep Python's garbage collector from running in the middle of a step, on each rank at another time."""
+    manual_gc_interval: int | None = None
+    """Iterations after which it runs with --manual-gc, on all ranks together. Default: before the first step only."""
     eval_interval: int | None = None
     """Iterations between evaluations on the validation split."""
     eval_iters: int = 100

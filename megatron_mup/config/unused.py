@@ -71,7 +71,7 @@ def _experts(config: Config) -> Iterable[tuple[list[str], bool, str]]:
 def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     optimizer, schedule = config.optimizer, config.schedule
     name = f"the optimizer is {optimizer.optimizer}"
-    matrix_only = [*_names("muon_"), "scalar_optimizer", "print_optimizer_plan"]
+    matrix_only = [*_names("muon_"), "scalar_optimizer", "optimizer_cuda_graph", "print_optimizer_plan"]
     yield matrix_only, optimizer.optimizer == "adam", name
     scaled = ("muon", "normuon", "dion")
     yield ["muon_scale_mode", "muon_extra_scale_factor"], optimizer.optimizer not in scaled, name
@@ -105,6 +105,9 @@ def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield _names("ademamix_"), rest != "ademamix", spared
     yield ["adam_beta1", "adam_beta2"], rest == "lion", spared
     yield ["adam_eps"], rest in ("lion", "adam_atan2"), spared
+    yield ["adam_impl"], rest != "adam", spared
+    engine = config.parallel.distributed_engine
+    yield ["adam_impl"], engine != "native", f"{engine} brings its own AdamW"
     yield ["muon_split_fc1"], not config.model.swiglu, "without --swiglu there is no gate to split off"
     style = f"the schedule is {schedule.lr_decay_style}"
     yield _names("lr_wsd_"), schedule.lr_decay_style not in ("WSD", "power"), style
@@ -143,10 +146,19 @@ def _run(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield chunks, training.recompute != "full", f"recomputation is {training.recompute}, not full"
     whole = "--cross-entropy-fusion-impl is native"
     yield ["loss_chunk_size"], training.cross_entropy_fusion_impl == "native", whole
-    no_fp8 = ["fp8_recipe", "fp8_critical_bf16", "fp8_fallback", "first_last_layers_bf16"]
-    yield no_fp8, config.fp8.fp8_format is None, "there is no --fp8-format"
+    fp8 = config.fp8
+    scaling = ["fp8_margin", *_names("fp8_amax_")]
+    no_fp8 = ["fp8_recipe", "fp8_critical_bf16", "fp8_wgrad", "first_last_layers_bf16", *scaling]
+    yield no_fp8, fp8.fp8_format is None, "there is no --fp8-format"
+    settled = fp8.fp8_format is None and training.transformer_impl == "local"
+    yield ["fp8_fallback"], settled, "neither --fp8-format nor --transformer-impl asks for more than every GPU has"
+    yield ["fp8_wgrad"], fp8.fp8_recipe == "static", "the recipe is static, which multiplies for all gradients in FP8"
+    yield scaling, fp8.fp8_recipe != "delayed", f"the recipe is {fp8.fp8_recipe}, not delayed"
     ends = ["num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"]
     yield ends, not config.fp8.first_last_layers_bf16, "there is no --first-last-layers-bf16"
+    yield ["activation_memory_budget"], not training.torch_compile, "only --torch-compile has a compiler to ask"
+    yield ["manual_gc_interval"], not training.manual_gc, "there is no --manual-gc"
+    yield _names("profile_"), not config.logging.profile, "there is no --profile"
     yield ["eval_iters"], training.eval_interval is None, "without --eval-interval there is no evaluation"
     idle_valid = training.eval_interval is None and bool(data.valid_data_path)
     yield ["valid_data_path"], idle_valid, "without --eval-interval there is no evaluation"

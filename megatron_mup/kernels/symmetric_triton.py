@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _CELL = 128  # the result is cut into cells of this side
-_DEPTH = 64
-_BAND = 8
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the kernel goes about it.
+
+    Attributes:
+        depth: columns of the operands that are multiplied at a time.
+        band: columns of pairs that programs go through together.
+        warps, stages: of a program.
+        specialize: whether loads and products have warps of their own.
+    """
+
+    depth: int = 64
+    band: int = 8
+    warps: int = 8
+    stages: int = 4
+    specialize: bool = False
+
+
+TUNING = Tuning()
+"""The best of benchmarks/symmetric.py on an H100, by rows and by columns alike."""
 
 
 @triton.jit
@@ -74,11 +96,21 @@ def _store_cell(
 
 @triton.jit
 def _product(
-    a, b, matrix, row, column, k, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr
+    a,
+    b,
+    matrix,
+    row,
+    column,
+    k,
+    COLUMNS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
     """fp32 tile [M, N] of A B^T, or of A^T B."""
     acc = tl.zeros((M, N), dtype=tl.float32)
-    for at in range(0, k, DEPTH):
+    for at in tl.range(0, k, DEPTH, warp_specialize=SPECIALIZE):
         if COLUMNS:
             left = a.load([matrix, at, row]).reshape(DEPTH, M).T
             right = b.load([matrix, at, column]).reshape(DEPTH, N)
@@ -109,6 +141,7 @@ def _kernel(
     CELL: tl.constexpr,
     DEPTH: tl.constexpr,
     BAND: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """One program computes two cells side by side; the last ones of a matrix each one cell of the diagonal."""
@@ -117,13 +150,13 @@ def _kernel(
     t = program % programs
     if t < columns * columns:
         i, j = _pair(t, columns, BAND)
-        two = _product(a, b, matrix, i * CELL, 2 * j * CELL, k, COLUMNS, CELL, 2 * CELL, DEPTH)
+        two = _product(a, b, matrix, i * CELL, 2 * j * CELL, k, COLUMNS, CELL, 2 * CELL, DEPTH, SPECIALIZE)
         left, right = tl.split(tl.permute(tl.reshape(two, (CELL, 2, CELL)), (0, 2, 1)))
         _store_cell(left, c, d, scale, alpha, beta, diagonal, matrix, i, 2 * j, HAS_D, HAS_SCALE, CELL, DTYPE)
         _store_cell(right, c, d, scale, alpha, beta, diagonal, matrix, i, 2 * j + 1, HAS_D, HAS_SCALE, CELL, DTYPE)
     else:
         i = 2 * (t - columns * columns) + 1
-        one = _product(a, b_cell, matrix, i * CELL, i * CELL, k, COLUMNS, CELL, CELL, DEPTH)
+        one = _product(a, b_cell, matrix, i * CELL, i * CELL, k, COLUMNS, CELL, CELL, DEPTH, SPECIALIZE)
         _store_cell(one, c, d, scale, alpha, beta, diagonal, matrix, i, i, HAS_D, HAS_SCALE, CELL, DTYPE)
 
 
@@ -137,6 +170,7 @@ def launch(
     beta: float,
     diagonal: float,
     form: str,
+    tuning: Tuning | None = None,
 ) -> None:
     """Runs the kernel; the arguments are those of ``symmetric_product``, checked and three-dimensional."""
     by_columns = form != "rows"  # symmetric operands too: a fifth faster than by rows on an H100
@@ -144,8 +178,9 @@ def launch(
     k = a.shape[1 if by_columns else 2]
     columns = triton.cdiv(n, 2 * _CELL)
     programs = columns * columns + columns
-    cell = [1, _DEPTH, _CELL] if by_columns else [1, _CELL, _DEPTH]
-    pair = [1, _DEPTH, 2 * _CELL] if by_columns else [1, 2 * _CELL, _DEPTH]
+    tuning = tuning or TUNING
+    cell = [1, tuning.depth, _CELL] if by_columns else [1, _CELL, tuning.depth]
+    pair = [1, tuning.depth, 2 * _CELL] if by_columns else [1, 2 * _CELL, tuning.depth]
     left = TensorDescriptor.from_tensor(a, cell)
     target = TensorDescriptor.from_tensor(out, [1, _CELL, _CELL])
     _kernel[(matrices * programs,)](
@@ -165,9 +200,10 @@ def launch(
         HAS_D=d is not None,
         HAS_SCALE=scale is not None,
         CELL=_CELL,
-        DEPTH=_DEPTH,
-        BAND=_BAND,
+        DEPTH=tuning.depth,
+        BAND=tuning.band,
+        SPECIALIZE=tuning.specialize,
         DTYPE=_TYPES[out.dtype],
-        num_warps=8,
-        num_stages=3 if by_columns else 4,
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
     )

@@ -13,14 +13,47 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_mup.layers.context import causal_attention, gathered, ring_attention
+from megatron_mup.config import Config
+from megatron_mup.kernels.segments import kernel_takes
+from megatron_mup.layers.context import causal_attention, gathered, masked_attention, ring_attention
 from megatron_mup.layers.dropout import drop
 from megatron_mup.layers.info import Context, TokenInfo
 from megatron_mup.layers.partial import Partial, Thinning
 from megatron_mup.layers.rope import rotate
 from megatron_mup.parametrization.meta import Block
 
+KERNELS = {
+    SDPBackend.FLASH_ATTENTION: "FlashAttention",
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient attention",
+    SDPBackend.MATH: "the formula",
+}
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "fused": SDPBackend.CUDNN_ATTENTION}
+
+
+def kernel_of_auto(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The kernel that PyTorch takes for this run's attention with ``--attention-backend auto``, by name; None where
+    the flags name one, or attention is more than causal.
+
+    Args:
+        config: the run's configuration.
+        device: where it runs.
+        dtype: of queries, keys and values.
+    """
+    model, training, tp = config.model, config.training, config.parallel.tensor_model_parallel_size
+    masked = (
+        config.data.reset_attention_mask or model.window_size is not None or config.parallel.context_parallel_size > 1
+    )
+    if training.attention_backend != "auto" or model.attention_dropout or masked:
+        return None
+    seq = min(training.seq_length, 8192)  # long enough to be told from a short one
+    heads, groups = model.num_attention_heads // tp, model.query_groups // tp
+    query, key, value = (
+        torch.empty(1, n, seq, width, dtype=dtype, device=device, requires_grad=True)
+        for n, width in ((heads, model.head_dim), (groups, model.head_dim), (groups, model.value_dim))
+    )
+    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, enable_gqa=heads != groups)
+    return KERNELS.get(SDPBackend(choice), "a kernel of the device's own")
 
 
 def qkv_blocks(heads_per_group: int, head_dim: int) -> tuple[Block, ...]:
@@ -140,18 +173,37 @@ class Attention(nn.Module, ABC):
         salt: torch.Tensor | None,
     ) -> torch.Tensor:
         """`core` of this rank's queries; keys and values of others come from them."""
+        width = value.shape[-1]
+        if width < query.shape[-1] and not self.unfused:
+            # FlashAttention wants heads of one width.
+            value = F.pad(value, (0, query.shape[-1] - width))
         thin = self.thinning(info, salt, context.seq)
-        if context.ring:
-            part = Partial(self.scale, context.mask if context.masked else None, thin, self.unfused)
-            return ring_attention(query, key, value, part, context)
+        attend = self.around_ring if context.ring else self.to_gathered
+        return attend(query, key, value, context, thin)[..., :width]
+
+    def around_ring(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, thin: Thinning | None
+    ) -> torch.Tensor:
+        """`over_context` where keys and values go around."""
+        mask = context.mask if context.masked else None
+        segments = context.segments if context.masked and context.window is None else None
+        part = Partial(self.scale, mask, thin, self.unfused, segments)
+        return ring_attention(query, key, value, part, context)
+
+    def to_gathered(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, thin: Thinning | None
+    ) -> torch.Tensor:
+        """`over_context` where they are gathered."""
         key, value = gathered(context, key, value)
-        if info.mask is None and not self.unfused:
-            with self.kernel():
-                return causal_attention(query, key, value, self.scale, context)
+        if not self.unfused:
+            if not context.masked:
+                with self.kernel():
+                    return causal_attention(query, key, value, self.scale, context)
+            if kernel_takes(query, value) or not query.is_cuda:
+                return masked_attention(query, key, value, self.scale, context)
         keys = torch.arange(context.seq, device=key.device)
-        mask = context.mask(context.here, keys) if info.mask is None else info.mask
         here = None if thin is None else partial(thin, queries=context.here, keys=keys)
-        return self.attend(query, key, value, mask, here)
+        return self.attend(query, key, value, context.mask_here, here)
 
     @property
     def unfused(self) -> bool:
@@ -208,7 +260,7 @@ class Attention(nn.Module, ABC):
         if info.context is None:
             return key, info.mask
         (key,) = gathered(info.context, key)
-        return key, info.context.mask(info.context.here, torch.arange(info.context.seq, device=key.device))
+        return key, info.context.mask_here
 
 
 class SelfAttention(Attention):

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_mup.kernels.segments import Segments, segment_attention, segment_attention_backward
 from megatron_mup.layers.info import Context
-from megatron_mup.layers.partial import Partial, merge_
+from megatron_mup.layers.partial import Partial, merge_, packed, unpacked
 from megatron_mup.parallel.collectives import finish, gather_context, start_shift
 
 
@@ -35,22 +36,57 @@ def causal_attention(
     """Causal attention of this rank's queries ``[batch, heads, seq / cp, width]`` to all keys, each chunk to those up
     to its end.
     """
-    chunk = query.shape[2] // 2
     outputs = []
-    for number, queries in enumerate(query.split(chunk, 2)):
-        before = context.axis.rank if number == 0 else 2 * context.axis.size - 1 - context.axis.rank
-        end = (before + 1) * chunk
+    for queries, end in _chunks(query, context):
         outputs.append(
             F.scaled_dot_product_attention(
                 queries,
                 key[:, :, :end],
                 value[:, :, :end],
-                attn_mask=causal_lower_right(chunk, end),
+                attn_mask=causal_lower_right(queries.shape[2], end),
                 scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         )
     return torch.cat(outputs, 2)
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, context: Context
+) -> torch.Tensor:
+    """The same inside documents and windows, without a mask in memory."""
+    outputs = []
+    for queries, end in _chunks(query, context):
+        everyone = torch.arange(end, device=query.device)
+        # Keys end where the chunk does, so that its queries are the last ones of their documents.
+        segments = context.segments(len(query), everyone[-queries.shape[2] :], everyone, causal=True)
+        rows = (packed(x) for x in (queries, key[:, :, :end], value[:, :, :end]))
+        outputs.append(unpacked(_SegmentAttention.apply(*rows, segments, scale), len(query)))
+    return torch.cat(outputs, 2)
+
+
+def _chunks(query: torch.Tensor, context: Context) -> list[tuple[torch.Tensor, int]]:
+    """This rank's two chunks of queries, with the place in the sequence at which each ends."""
+    length, axis = query.shape[2] // 2, context.axis
+    numbers = axis.rank, 2 * axis.size - 1 - axis.rank
+    return [(queries, (n + 1) * length) for queries, n in zip(query.split(length, 2), numbers, strict=True)]
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
+    ) -> torch.Tensor:
+        output, lse = segment_attention(query, key, value, segments, scale)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        *inputs, output, lse = ctx.saved_tensors
+        grads = segment_attention_backward(grad, tuple(inputs), output, lse, ctx.segments, ctx.scale)
+        return *grads, None, None
 
 
 def ring_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from megatron_mup.parallel.collectives import all_to_all
 from megatron_mup.parallel.mesh import ExpertAxis
 
 Experts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Run = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Gives a function as it is or compiled."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,17 @@ def plan_rows(routing: Routing, experts: int, pad: bool) -> Plan:
     Without a capacity, and with one that is filled up (``pad``), no shape depends on the routing, and the host waits
     for nothing; where tokens are dropped and nothing filled up, it waits for their number.
     """
-    flat = routing.experts.flatten()
+    # Sorting takes time by the width of what it sorts.
+    flat = routing.experts.flatten().short()
     device, number = flat.device, len(flat)
     if routing.kept is not None:
         flat = torch.where(routing.kept.flatten(), flat, experts)
     assignment = flat.argsort(stable=True)
     ranked = flat[assignment]
-    bounds = torch.searchsorted(ranked, torch.arange(experts + 1, device=device))
+    bounds = torch.searchsorted(ranked, torch.arange(experts + 1, dtype=flat.dtype, device=device))
     counts = bounds.diff()
     everyone = torch.arange(number, device=device)
-    place = torch.empty_like(flat).scatter_(0, assignment, everyone)
+    place = torch.empty_like(everyone).scatter_(0, assignment, everyone)
     if routing.kept is None:
         return Plan(assignment, place, counts, gaps=False, even=None)
     if not pad:
@@ -61,13 +65,14 @@ def plan_rows(routing: Routing, experts: int, pad: bool) -> Plan:
     assert capacity is not None
     rows = experts * capacity
     # Within its expert's share; dropped assignments, behind all experts, go to the row behind the last.
+    ranked = ranked.long()
     inside = ranked * capacity + everyone - bounds[ranked]
     inside = torch.where(ranked < experts, inside, rows)
     filled = torch.full((rows + 1,), number, dtype=torch.long, device=device)
     filled[inside] = assignment
     return Plan(
         filled[:rows],
-        torch.empty_like(flat).scatter_(0, assignment, inside),
+        torch.empty_like(everyone).scatter_(0, assignment, inside),
         torch.full_like(counts, capacity),
         gaps=True,
         even=capacity,
@@ -75,7 +80,13 @@ def plan_rows(routing: Routing, experts: int, pad: bool) -> Plan:
 
 
 def dispatch(
-    x: torch.Tensor, routing: Routing, experts: Experts, number: int, axis: ExpertAxis, pad: bool
+    x: torch.Tensor,
+    routing: Routing,
+    experts: Experts,
+    number: int,
+    axis: ExpertAxis,
+    pad: bool,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Each token through its experts, the sum weighted by its gates.
 
@@ -86,16 +97,25 @@ def dispatch(
         number: experts of the layer.
         axis: ranks that share them out.
         pad: whether experts are filled up to their capacity.
+        compiled: whether permutations run under torch.compile, which gathers and sums in one kernel.
 
     Returns:
         ``[tokens, hidden]``; zero for a token that all of its experts dropped.
     """
-    topk = routing.gates.shape[1]
+    run = _compiled if compiled else _eager
     plan = plan_rows(routing, number, pad)
-    rows = _Spread.apply(x, plan, topk)
+    rows = _Spread.apply(x, plan, routing.gates.shape[1], run)
     rows = experts(rows, plan.counts) if axis.group is None else _over_ranks(rows, plan, experts, axis)
-    chosen = _Collect.apply(rows, plan).view(len(x), topk, -1)
-    return (chosen * routing.gates[..., None]).sum(1).to(x.dtype)
+    return _Combine.apply(rows, routing.gates, plan, run)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _over_ranks(rows: torch.Tensor, plan: Plan, experts: Experts, axis: ExpertAxis) -> torch.Tensor:
@@ -128,34 +148,60 @@ def _take(x: torch.Tensor, index: torch.Tensor, gaps: bool) -> torch.Tensor:
     return x.index_select(0, index)
 
 
+def _sums(rows: torch.Tensor, place: torch.Tensor, topk: int, gaps: bool) -> torch.Tensor:
+    """Sum of each token's rows, in fp32 inside."""
+    return _take(rows, place, gaps).unflatten(0, (-1, topk)).sum(1)
+
+
+def _weighted_sums(rows: torch.Tensor, gates: torch.Tensor, place: torch.Tensor, gaps: bool) -> torch.Tensor:
+    """Sum of each token's rows, ``[tokens, topk]`` gates before them; in fp32 inside."""
+    chosen = _take(rows, place, gaps).unflatten(0, gates.shape)
+    return (chosen * gates[..., None]).sum(1).to(rows.dtype)
+
+
+def _weighted_sums_backward(
+    grad: torch.Tensor,
+    rows: torch.Tensor,
+    gates: torch.Tensor,
+    assignment: torch.Tensor,
+    place: torch.Tensor,
+    gaps: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of rows and gates."""
+    of_rows = _take(grad, assignment // gates.shape[1], gaps)
+    weights = _take(gates.view(-1, 1), assignment, gaps)
+    # Each row with its token's gradient: rows aren't gathered a second time.
+    products = (rows.float() * of_rows.float()).sum(1, keepdim=True)
+    return (of_rows * weights).to(rows.dtype), _take(products, place, gaps).view_as(gates)
+
+
 class _Spread(torch.autograd.Function):
     """Tokens to rows. Backward gathers too, where autograd's own would add up by atomics in any order."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, plan: Plan, topk: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, plan: Plan, topk: int, run: Run) -> torch.Tensor:
         ctx.save_for_backward(plan.place)
-        ctx.gaps, ctx.topk = plan.gaps, topk
-        return _take(x, plan.assignment // topk, plan.gaps)
+        ctx.topk, ctx.gaps, ctx.run = topk, plan.gaps, run
+        return run(_take)(x, plan.assignment // topk, plan.gaps)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (place,) = ctx.saved_tensors
-        return _take(grad, place, ctx.gaps).unflatten(0, (-1, ctx.topk)).sum(1), None, None
+        return ctx.run(_sums)(grad, place, ctx.topk, ctx.gaps), None, None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Rows to assignments."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, plan: Plan) -> torch.Tensor:
-        ctx.save_for_backward(plan.assignment)
-        ctx.gaps = plan.gaps
-        return _take(rows, plan.place, plan.gaps)
+class _Combine(torch.autograd.Function):
+    """Rows to tokens, weighted by gates. No copy of the rows in the order of tokens is kept."""
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (assignment,) = ctx.saved_tensors
-        return _take(grad, assignment, ctx.gaps), None
+    def forward(ctx: Any, rows: torch.Tensor, gates: torch.Tensor, plan: Plan, run: Run) -> torch.Tensor:
+        ctx.save_for_backward(rows, gates, plan.assignment, plan.place)
+        ctx.gaps, ctx.run = plan.gaps, run
+        return run(_weighted_sums)(rows, gates, plan.place, plan.gaps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        return *ctx.run(_weighted_sums_backward)(grad, *ctx.saved_tensors, ctx.gaps), None, None
 
 
 class _Permute(torch.autograd.Function):

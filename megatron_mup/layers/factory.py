@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_mup.config import Config
 from megatron_mup.kernels.fp8 import E4M3, E5M2
+from megatron_mup.kernels.te import Product
 from megatron_mup.layers.attention import Attention, SelfAttention, qkv_blocks
 from megatron_mup.layers.embedding import OutputLayer, PositionEmbedding, VocabParallelEmbedding
 from megatron_mup.layers.fp8 import StaticColumnLinear, StaticFP8, StaticRowLinear
@@ -19,6 +20,7 @@ from megatron_mup.layers.mlp import GLU_BLOCKS, MLP, gelu, squared_relu, swiglu
 from megatron_mup.layers.moe import Experts, GroupedLinear, MoE, expert_blocks, halved_swiglu
 from megatron_mup.layers.norm import LayerNorm, RMSNorm
 from megatron_mup.layers.router import Router
+from megatron_mup.layers.te import TEColumnLinear, TEExperts, TERowLinear
 from megatron_mup.parallel.mesh import ONE_CONTEXT_RANK, ONE_EXPERT_RANK, ContextAxis, ExpertAxis, TensorAxis
 from megatron_mup.parametrization.base import BaseSizes
 from megatron_mup.parametrization.meta import ParamMeta, Role
@@ -137,10 +139,10 @@ class LayerFactory:
             kind = Role.BIAS if part == "bias" else role
             return self.vector(f"{name}.{part}", kind, length, base, sharded=False, partial=partial, layer=layer)
 
-        gradient = gain_scale(self.config, sharing)
+        gradient, impl = gain_scale(self.config, sharing), self.config.training.norm_impl
         if model.normalization == "RMSNorm":
-            return RMSNorm(length, make("weight"), model.norm_epsilon, gradient)
-        return LayerNorm(length, make("weight"), make("bias"), model.norm_epsilon, gradient)
+            return RMSNorm(length, make("weight"), model.norm_epsilon, gradient, impl)
+        return LayerNorm(length, make("weight"), make("bias"), model.norm_epsilon, gradient, impl)
 
     def attention(self, name: str, layer: int) -> Attention:
         """The attention branch of a layer."""
@@ -226,6 +228,8 @@ class LayerFactory:
         scales, static = self.scales(f"{name}.weight"), self.static_fp8(f"{name}.weight")
         if static is not None:
             return StaticRowLinear(weight, self.axis, self.sequence_parallel, scales, static)
+        if (product := self.te_product(f"{name}.weight")) is not None:
+            return TERowLinear(weight, bias, self.axis, self.sequence_parallel, scales, product=product)
         return RowLinear(weight, bias, self.axis, self.sequence_parallel, scales)
 
     def column_linear(self, name: str, weight: nn.Parameter, bias: nn.Parameter | None) -> ColumnLinear:
@@ -233,15 +237,31 @@ class LayerFactory:
         scales, static = self.scales(name), self.static_fp8(name)
         if static is not None:
             return StaticColumnLinear(weight, self.axis, self.sequence_parallel, scales, static)
+        if (product := self.te_product(name)) is not None:
+            return TEColumnLinear(weight, bias, self.axis, self.sequence_parallel, scales, product=product)
         return ColumnLinear(weight, bias, self.axis, self.sequence_parallel, scales)
 
-    def static_fp8(self, name: str) -> StaticFP8 | None:
-        """How a matrix made here is multiplied in FP8; None: it isn't."""
+    def in_fp8(self, name: str) -> bool:
+        """Whether a matrix made here is multiplied in FP8."""
         fp8, meta = self.config.fp8, self.metas[name]
         critical = meta.role in (Role.ATTENTION_OUTPUT, Role.MLP_OUT)
-        if meta.layer not in fp8.layers(self.config.model.num_layers) or (critical and fp8.fp8_critical_bf16):
+        return meta.layer in fp8.layers(self.config.model.num_layers) and not (critical and fp8.fp8_critical_bf16)
+
+    def static_fp8(self, name: str) -> StaticFP8 | None:
+        """How a matrix made here is multiplied in static FP8; None: it isn't."""
+        fp8 = self.config.fp8
+        if fp8.fp8_recipe != "static" or not self.in_fp8(name):
             return None
         return StaticFP8(E5M2 if fp8.fp8_format == "hybrid" else E4M3, fp8_gradient_scale(self.config))
+
+    def te_product(self, name: str) -> Product | None:
+        """How Transformer Engine multiplies by a matrix made here; None: it doesn't, as where FP8 leaves a layer out,
+        whose native product the compiler sees."""
+        fp8 = self.config.fp8
+        native = self.config.training.transformer_impl == "local"
+        if native or (fp8.fp8_format is not None and not self.in_fp8(name)):
+            return None
+        return Product(fp8.fp8_wgrad)
 
     def mlp(self, name: str, layer: int, width: int | None = None, base_width: float | None = None) -> MLP:
         """The MLP branch of a layer, as wide as the configuration says or ``width``."""
@@ -272,6 +292,8 @@ class LayerFactory:
         activation = swiglu if model.swiglu else squared_relu if model.squared_relu else gelu
         if (mult := activation_mult(self.config)) != 1:
             activation = partial(swiglu if model.swiglu else gelu, mult=mult)
+        elif model.swiglu and self.static_fp8(f"{name}.linear_fc1.weight") is not None:
+            activation = partial(swiglu, alone=False)  # its gradient is cast to FP8 at once
         return MLP(
             self.column_linear(f"{name}.linear_fc1.weight", weight, bias),
             self.row_linear(f"{name}.linear_fc2", Role.MLP_OUT, width, base_width, layer),
@@ -300,20 +322,24 @@ class LayerFactory:
         ffn, base_ffn, gates = self.config.expert_ffn_size, self.base.expert_ffn, 2 if model.swiglu else 1
         base_hidden = self.base.hidden
         fc1 = f"{name}.experts.linear_fc1.weight"
-        experts = Experts(
+        parts = (
             self.expert_linear(fc1, Role.EXPERT_IN, (gates * ffn, hidden), (gates * base_ffn, base_hidden), layer),
             self.expert_linear(
                 f"{name}.experts.linear_fc2.weight", Role.EXPERT_OUT, (hidden, ffn), (base_hidden, base_ffn), layer
             ),
             halved_swiglu if model.swiglu else squared_relu if model.squared_relu else gelu,
         )
+        # In bf16 PyTorch's grouped product is taken by either backend: it leaves the rows of each expert to the device.
+        in_te_fp8 = self.config.training.transformer_impl == "transformer_engine" and self.in_fp8(fc1)
+        experts = TEExperts(*parts, self.config.fp8.row_multiple) if in_te_fp8 else Experts(*parts)
         shared = None
         if (width := moe.moe_shared_expert_intermediate_size) is not None:
             shared = self.mlp(f"{name}.shared_experts", layer, width, width * self.base.shrink)
         sharing: list[TensorAxis | ContextAxis] = [self.context_axis]
         if self.sequence_parallel:
             sharing.append(self.axis)
-        return MoE(Router(router, moe, sharing), experts, shared, self.expert_axis)
+        compiled = self.config.training.torch_compile
+        return MoE(Router(router, moe, sharing), experts, shared, self.expert_axis, compiled)
 
     def expert_linear(
         self, name: str, role: Role, shape: tuple[int, int], base_shape: tuple[float, float], layer: int

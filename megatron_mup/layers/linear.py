@@ -27,6 +27,10 @@ class ParallelLinear(nn.Module):
         self.weight, self.bias = weight, bias
         self.axis, self.sequence_parallel, self.scales = axis, sequence_parallel, scales
 
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``[..., in]`` to ``[..., out]`` of this rank's part of the weight."""
+        return F.linear(x, self.weight, bias)
+
 
 class ColumnLinear(ParallelLinear):
     """Linear layer whose output features are sharded over tensor ranks.
@@ -42,7 +46,7 @@ class ColumnLinear(ParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[seq (/ tp), batch, in]`` to ``[seq, batch, out / tp]``."""
         x = scale(x, backward=self.scales.backward / self.scales.weight)
-        y = F.linear(enter_tensor_parallel(x, self.axis, self.sequence_parallel), self.weight, self.bias)
+        y = self.multiply(enter_tensor_parallel(x, self.axis, self.sequence_parallel), self.bias)
         return scale(y, self.scales.forward, self.scales.weight)
 
 
@@ -61,8 +65,8 @@ class RowLinear(ParallelLinear):
         """``[seq, batch, in / tp]`` to ``[seq (/ tp), batch, out]``."""
         x = scale(x, backward=self.scales.backward / self.scales.weight)
         if self.axis.group is None:
-            y = F.linear(x, self.weight, self.bias)
+            y = self.multiply(x, self.bias)
         else:
-            y = leave_tensor_parallel(F.linear(x, self.weight), self.axis, self.sequence_parallel)
+            y = leave_tensor_parallel(self.multiply(x), self.axis, self.sequence_parallel)
             y = y if self.bias is None else y + self.bias
         return scale(y, self.scales.forward, self.scales.weight)

@@ -42,12 +42,15 @@ class Softmax(NamedTuple):
         target = all_reduce(torch.where(here, target, 0.0), "sum", axis)
         return cls(torch.where(valid, normalizer - target, 0.0), normalizer, label, here, valid)
 
-    def gradient(
-        self, values: torch.Tensor, of_loss: torch.Tensor | float, of_normalizer: torch.Tensor | float
-    ) -> torch.Tensor:
-        """Gradient of the logits ``values``, given those of loss and normalizer."""
+    def gradient(self, values: torch.Tensor, of_loss: torch.Tensor, of_normalizer: torch.Tensor) -> torch.Tensor:
+        """Gradient of the logits ``values``, given those of each token's loss and normalizer."""
         weight = torch.where(self.valid, of_loss + of_normalizer, 0.0)
         grad = (values - self.normalizer[..., None]).exp_() * weight[..., None]
+        if torch.compiler.is_compiling():  # all in one pass; a scatter would hold the gradient in fp32 first
+            here = self.here[..., None] & (
+                torch.arange(values.shape[-1], device=values.device) == self.label[..., None]
+            )
+            return grad + torch.where(here, -of_loss[..., None], 0.0)
         return grad.scatter_add_(-1, self.label[..., None], torch.where(self.here, -of_loss, 0.0)[..., None])
 
 

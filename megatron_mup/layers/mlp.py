@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mup.kernels.swiglu import HAS_KERNEL, swiglu_backward
 from megatron_mup.parametrization.meta import Block
 
 # Gate and up rows alternate in runs of this many, so that any contiguous shard of rows that is a multiple of twice as
@@ -17,10 +20,30 @@ GLU_BLOCKS = (
 )
 
 
-def swiglu(x: torch.Tensor, mult: float = 1.0) -> torch.Tensor:
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return _swiglu(x, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return swiglu_backward(*ctx.saved_tensors, grad, GLU_INTERLEAVE)
+
+
+def swiglu(x: torch.Tensor, mult: float = 1.0, alone: bool = True) -> torch.Tensor:
     """``gate * sigmoid(mult * gate) * up`` of interleaved features, ``[..., 2 ffn]`` to ``[..., ffn]`` (Shazeer, arXiv
     2002.05202).
+
+    Args:
+        x: features.
+        mult: a factor inside the sigmoid, of unit-scaled models.
+        alone: whether it stands between two matrix products; if not, the compiler fuses its gradient with what follows.
     """
+    return _SwiGLU.apply(x) if alone and mult == 1 and HAS_KERNEL and x.is_cuda else _swiglu(x, mult)
+
+
+def _swiglu(x: torch.Tensor, mult: float) -> torch.Tensor:
     gate, up = x.unflatten(-1, (-1, 2, GLU_INTERLEAVE)).unbind(-2)
     gated = F.silu(gate) if mult == 1 else gate * torch.sigmoid(mult * gate)
     return (gated * up).flatten(-2)

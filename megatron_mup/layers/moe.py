@@ -74,22 +74,34 @@ class MoE(nn.Module):
         experts: this rank's share of the experts.
         shared_experts: an MLP, or None.
         axis: ranks that share out the experts.
+        compiled: whether the parts between products run under torch.compile, each by itself.
     """
 
-    def __init__(self, router: Router, experts: Experts, shared_experts: nn.Module | None, axis: ExpertAxis) -> None:
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared_experts: nn.Module | None,
+        axis: ExpertAxis,
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
         self.router, self.experts, self.shared_experts, self.axis = router, experts, shared_experts, axis
-        self.pad = router.moe.moe_pad_expert_input_to_capacity
+        self.pad, self.compiled = router.moe.moe_pad_expert_input_to_capacity, compiled
+        if compiled:
+            router.decide = torch.compile(router.decide)  # type: ignore[method-assign]
+            experts.activation = torch.compile(experts.activation)
 
     def forward(self, x: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
         """``[seq (/ tp), batch, hidden]`` to the same shape. ``noise``: of the router's jitter, in training."""
         y = self.routed(x, noise)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
-    # Sizes that depend on data and the tally in backward are not for a compiler; shared experts are.
+    # Sizes that depend on data and the tally in backward are not for one graph; shared experts are, and parts of this.
     @torch.compiler.disable
     def routed(self, x: torch.Tensor, noise: Noise | None) -> torch.Tensor:
         """The routed experts' part of the output."""
         routing = self.router(x, noise)
-        y = dispatch(x.flatten(0, 1), routing, self.experts, self.router.experts, self.axis, self.pad)
+        tokens, number = x.flatten(0, 1), self.router.experts
+        y = dispatch(tokens, routing, self.experts, number, self.axis, self.pad, self.compiled)
         return y.view_as(x)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mup.kernels.libraries import apex_layer_norm, apex_rms_norm
 from megatron_mup.layers.scale import scale
 
 
@@ -17,15 +18,20 @@ class RMSNorm(nn.Module):
         weight: ``[length]``, or None for no gain.
         eps: added to the mean square.
         gradient: factor on the weight's gradient, of unit-scaled models.
+        impl: whose kernel it is on a GPU: PyTorch's (``native``) or Apex's (``apex``).
     """
 
-    def __init__(self, length: int, weight: nn.Parameter | None, eps: float, gradient: float = 1.0) -> None:
+    def __init__(
+        self, length: int, weight: nn.Parameter | None, eps: float, gradient: float = 1.0, impl: str = "native"
+    ) -> None:
         super().__init__()
-        self.length, self.weight, self.eps, self.gradient = (length,), weight, eps, gradient
+        self.length, self.weight, self.eps, self.gradient, self.impl = (length,), weight, eps, gradient, impl
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape that ends in the length."""
         weight = None if self.weight is None else scale(self.weight, backward=self.gradient)
+        if self.impl == "apex" and x.is_cuda:
+            return apex_rms_norm(x, weight, self.eps)
         return F.rms_norm(x, self.length, weight, self.eps)
 
 
@@ -37,17 +43,27 @@ class LayerNorm(nn.Module):
         weight, bias: ``[length]``, or None for neither.
         eps: added to the variance.
         gradient: factor on their gradients, of unit-scaled models.
+        impl: as for `RMSNorm`.
     """
 
     def __init__(
-        self, length: int, weight: nn.Parameter | None, bias: nn.Parameter | None, eps: float, gradient: float = 1.0
+        self,
+        length: int,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        eps: float,
+        gradient: float = 1.0,
+        impl: str = "native",
     ) -> None:
         super().__init__()
         self.length, self.weight, self.bias, self.eps, self.gradient = (length,), weight, bias, eps, gradient
+        self.impl = impl
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any shape that ends in the length."""
         weight, bias = (
             None if part is None else scale(part, backward=self.gradient) for part in (self.weight, self.bias)
         )
+        if self.impl == "apex" and x.is_cuda:
+            return apex_layer_norm(x, weight, bias, self.eps)
         return F.layer_norm(x, self.length, weight, bias, self.eps)

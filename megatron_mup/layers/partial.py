@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from megatron_mup.kernels.segments import Segments, kernel_takes, segment_attention, segment_attention_backward
+
 TILE = 1024
 """Queries whose logits the plain formula holds at once."""
 
@@ -34,13 +36,16 @@ class Partial:
         mask: from places of queries and keys to what `attention_mask` gives; None where attention is causal, no more.
         thin: dropout of attention weights; None without.
         plain: whether the formula is computed as it stands. Otherwise FlashAttention's kernel is taken where it fits;
-            it knows neither masks nor this dropout.
+            it knows neither masks, but for segments, nor this dropout.
+        segments: where documents lie among queries and keys of a number of samples, at places in the sequence, causal
+            or not, if they are all that the mask is made of.
     """
 
     scale: float
     mask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
     thin: Thinning | None
     plain: bool
+    segments: Callable[[int, torch.Tensor, torch.Tensor, bool], Segments] | None = None
 
     def forward(
         self,
@@ -62,6 +67,8 @@ class Partial:
             Output like ``query``, zero for a query that may attend to none of the keys, and the logarithm of the sum of
             exponentials ``[batch, heads, queries]`` fp32, there minus infinity.
         """
+        if (segments := self._segments(query, value, places, causal)) is not None:
+            return _over_segments(query, key, value, segments, self.scale)
         key, value = _repeated(key, query), _repeated(value, query)
         if self._by_kernel(query, value):
             return _flash(query, key, value, causal, self.scale)
@@ -95,6 +102,8 @@ class Partial:
             output, lse: of attention to all keys.
             query, key, value, places, causal: as in `forward`.
         """
+        if (segments := self._segments(query, value, places, causal)) is not None:
+            return _over_segments_backward((grad, query, key, value, output), lse, segments, self.scale)
         groups = key.shape[1]
         key, value = _repeated(key, query), _repeated(value, query)
         if self._by_kernel(query, value):
@@ -122,6 +131,16 @@ class Partial:
             return logits.masked_fill(~self.mask(*places), -torch.inf)
         return logits.masked_fill(places[0][:, None] < places[1], -torch.inf) if causal else logits
 
+    def _segments(
+        self, query: torch.Tensor, value: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor], causal: bool
+    ) -> Segments | None:
+        """The segments, where attention inside them is all there is to compute and can be."""
+        if self.plain or self.thin is not None or self.segments is None:
+            return None
+        if query.is_cuda and not kernel_takes(query, value):
+            return None
+        return self.segments(len(query), *places, causal)
+
     def _by_kernel(self, query: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether the kernel takes such heads."""
         if self.plain or self.mask is not None or self.thin is not None or query.shape[-1] != value.shape[-1]:
@@ -139,6 +158,33 @@ def merge_(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse
     both = torch.logaddexp(lse, part_lse)
     output.mul_((lse - both).exp()[..., None]).add_(part.float() * (part_lse - both).exp()[..., None])
     lse.copy_(both)
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """``[batch, heads, seq, ...]`` as rows ``[batch * seq, heads, ...]``, sample after sample."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unpacked(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """The opposite of `packed`."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _over_segments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output, lse = segment_attention(packed(query), packed(key), packed(value), segments, scale)
+    return unpacked(output, len(query)), unpacked(lse, len(query))
+
+
+def _over_segments_backward(
+    tensors: tuple[torch.Tensor, ...], lse: torch.Tensor, segments: Segments, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``tensors``: the output's gradient, query, key, value and output."""
+    grad, query, key, value, output = map(packed, tensors)
+    grads = segment_attention_backward(grad, (query, key, value), output, packed(lse), segments, scale)
+    query, key, value = (unpacked(grad, len(lse)) for grad in grads)
+    return query, key, value
 
 
 def _tiles(length: int) -> list[slice]:

@@ -86,24 +86,36 @@ class Router(nn.Module):
         ``noise`` names the random numbers of ``--moe-input-jitter-eps``; None, as in evaluation, takes ``x`` as it is.
         """
         seq, batch, hidden = x.shape
-        rows = x.float()
         if noise is not None and self.moe.moe_input_jitter_eps is not None:
-            rows = jitter(rows, self.moe.moe_input_jitter_eps, noise)
-        logits = F.linear(rows.reshape(seq * batch, hidden), self.weight.float())
+            x = jitter(x.float(), self.moe.moe_input_jitter_eps, noise)
+        logits = _Logits.apply(x.reshape(seq * batch, hidden), self.weight)
+        gates, experts, kept, loss, tally = self.decide(logits, seq)
+        if loss is not None:
+            gates = _Attach.apply(gates, loss, tally, self.tally)
+        return Routing(gates, experts, kept, self._capacity(len(logits)), logits.detach())
+
+    def decide(
+        self, logits: torch.Tensor, seq: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """From logits to gates, experts and what is kept, all as in `Routing`; with gradients also the weighted
+        balancing losses and the tally of these tokens. A function of its own so that it can be compiled."""
         gates, experts = choose(logits, self.expert_bias, self.moe)
-        capacity, kept = None, None
-        if self.moe.moe_expert_capacity_factor is not None:
-            even = seq * batch * self.topk / self.experts
-            capacity = math.ceil(even * self.moe.moe_expert_capacity_factor)
+        kept, loss, tally = None, None, None
+        if (capacity := self._capacity(len(logits))) is not None:
             kept = within_capacity(gates, experts, self.experts, capacity, self.moe.moe_token_drop_policy)
         if torch.is_grad_enabled():
-            gates = self._balanced(gates, logits.view(seq, batch, -1), experts, kept)
-        return Routing(gates, experts, kept, capacity, logits.detach())
+            loss, tally = self._balance(logits.unflatten(0, (seq, -1)), experts, kept)
+        return gates, experts, kept, loss, tally
 
-    def _balanced(
-        self, gates: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor, kept: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The gates, with balancing losses and the tally hung onto their backward pass."""
+    def _capacity(self, tokens: int) -> int | None:
+        """Rows that an expert takes from this rank."""
+        factor = self.moe.moe_expert_capacity_factor
+        return None if factor is None else math.ceil(tokens * self.topk / self.experts * factor)
+
+    def _balance(
+        self, logits: torch.Tensor, experts: torch.Tensor, kept: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Balancing losses, weighted and added up, and the tally."""
         moe, (seq, batch, _) = self.moe, logits.shape
         with torch.no_grad():
             chosen = torch.zeros_like(logits).view(seq * batch, -1).scatter_(1, experts, 1.0).view_as(logits).sum(0)
@@ -116,11 +128,11 @@ class Router(nn.Module):
         with torch.no_grad():
             losses = self.share * torch.stack([balance, z_loss]).double()
             tally = torch.cat([chosen.sum(0).double(), losses, dropped.double()[None]])
-        return _Attach.apply(gates, loss * self.share, tally, self.tally)
+        return loss * self.share, tally
 
     def _whole(self, seq: int) -> int:
         """Length of the whole sequence, of which this rank may hold a part."""
-        return seq * math.prod(axis.size for axis in self.sharing)
+        return seq * math.prod([axis.size for axis in self.sharing])
 
     def _loads(self, chosen: torch.Tensor, seq: int) -> torch.Tensor:
         """Share of each expert in the assignments, ``[batch or 1, experts]``, from counts ``[batch, experts]``."""
@@ -156,6 +168,26 @@ class Tally:
     def of(cls, flat: torch.Tensor) -> Tally:
         """Names to the numbers ``[..., size]``."""
         return cls(flat[..., :-3], flat[..., -3], flat[..., -2], flat[..., -1])
+
+
+class _Logits(torch.autograd.Function):
+    """Linear layer in fp32, whatever its operands are in: ``[tokens, hidden]`` to ``[tokens, experts]``.
+
+    Nothing is kept or, where the device multiplies bf16 into fp32, read in fp32 that isn't in it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+            # Products of bf16 numbers are exact in fp32.
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
 
 
 class _Attach(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._functorch import config as partitioner
 
 from megatron_mup.config import Config
 from megatron_mup.config.pipeline import stage_layers
@@ -39,6 +40,7 @@ def build_stage(config: Config, vocab_size: int, mesh: Mesh, number: int) -> GPT
     for router in model.routers().values():
         router.reset()
     if config.training.torch_compile:
+        partitioner.activation_memory_budget = config.training.activation_memory_budget
         for layer in layers:
             layer.compile()
         if config.training.cross_entropy_fusion_impl == "native":  # else each chunk is compiled

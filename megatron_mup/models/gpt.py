@@ -201,8 +201,8 @@ class GPT(nn.Module):
         mask, window = None, self._window(seq)
         if cache is not None:
             mask = cache.mask(seq, model.window_size)
-        elif (document_ids is not None or window is not None) and (context is None or not context.ring):
-            mask = attention_mask(places, torch.arange(seq, device=x.device), document_ids, window)
+        elif (document_ids is not None or window is not None) and context is None:
+            mask = attention_mask(places, places, document_ids, window)
         info = TokenInfo(cos, sin, mask, cache=cache, context=context)
         if salts is not None:
             info = info._replace(sample_index=sample_index, places=rows)

@@ -1,11 +1,14 @@
-"""AdamW over main parameters: a thin layer on ``torch.optim.AdamW``."""
+"""AdamW over main parameters: the one-pass kernel on a GPU that has it, ``torch.optim.AdamW`` elsewhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from megatron_mup.kernels.adamw import adamw_, device_has_adamw
+from megatron_mup.kernels.libraries import fused_adam
 from megatron_mup.optim.clip import gradients
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.parametrization.table import Scaling
@@ -13,9 +16,16 @@ from megatron_mup.parametrization.table import Scaling
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWSettings:
-    """Settings that all groups share."""
+    """Settings that all groups share.
+
+    Attributes:
+        betas: of the two moments.
+        impl: whose kernel takes the step on a GPU: ours or PyTorch's (``native``), or a library's
+            (`kernels.libraries`).
+    """
 
     betas: tuple[float, float]
+    impl: str = "native"
 
 
 class AdamW:
@@ -31,8 +41,13 @@ class AdamW:
         self._exp_avg = [torch.zeros_like(param.value) for param in self._params]
         self._exp_avg_sq = [torch.zeros_like(param.value) for param in self._params]
         self._step = 0
+        self._betas = settings.betas
+        self._numbers = [numbers for _, numbers in params]
+        on_gpu = all(param.value.device.type == "cuda" for param in self._params)
+        library = settings.impl if on_gpu and settings.impl != "native" else None
+        self._one_pass = library is None and all(device_has_adamw(param.value.device) for param in self._params)
         self._live: list[tuple[MainParam, torch.Tensor]] = []
-        self._inner: torch.optim.AdamW | None = None
+        self._inner: torch.optim.Optimizer | None = None
         groups: dict[tuple[float, float, float], list[torch.Tensor]] = {}
         state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
         fused = all(param.value.device.type in ("cpu", "cuda") for param in self._params)
@@ -44,30 +59,59 @@ class AdamW:
             groups.setdefault((scaling.lr, scaling.weight_decay, scaling.eps), []).append(leaf)
             step = torch.zeros((), dtype=torch.float32, device=leaf.device if fused else "cpu")
             state[leaf] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        if groups:
-            self._inner = torch.optim.AdamW(
-                [
-                    {"params": leaves, "lr": lr, "peak": lr, "weight_decay": decay, "eps": eps}
-                    for (lr, decay, eps), leaves in groups.items()
-                ],
-                betas=settings.betas,
-                fused=fused or None,
-                foreach=None if fused else True,
-            )
+        if groups and not self._one_pass:
+            numbered: list[dict[str, Any]] = [
+                {"params": leaves, "lr": lr, "peak": lr, "weight_decay": decay, "eps": eps}
+                for (lr, decay, eps), leaves in groups.items()
+            ]
+            if library is None:
+                self._inner = torch.optim.AdamW(
+                    numbered, betas=settings.betas, fused=fused or None, foreach=None if fused else True
+                )
+            else:
+                self._inner = fused_adam(library, numbered, settings.betas)
             self._inner.state.update(state)
 
     def step(self, factor: float) -> None:
         """One step at ``factor`` times the peak learning rates."""
+        if self._one_pass:
+            self._step_in_one_pass(factor)
+            return
         grads = gradients([param for param, _ in self._live])
         self._step += 1
         if self._inner is None:
             return
         for group in self._inner.param_groups:
             group["lr"] = group["peak"] * factor
+            group["step"] = self._step - 1  # libraries count here, PyTorch in the state
         for (_, leaf), grad in zip(self._live, grads, strict=True):
             leaf.grad = grad.to(leaf.dtype)
         self._inner.step()
-        self._inner.zero_grad(set_to_none=True)
+        for _, leaf in self._live:
+            leaf.grad = None
+
+    def _step_in_one_pass(self, factor: float) -> None:
+        """The same on a GPU; it reads gradients in their own precision and writes the module's copies too."""
+        grads = gradients(self._params)
+        self._step += 1
+        for param, numbers, grad, mean, square in zip(
+            self._params, self._numbers, grads, self._exp_avg, self._exp_avg_sq, strict=True
+        ):
+            if not param.value.numel():
+                continue
+            adamw_(
+                param.value,
+                grad.contiguous(),
+                mean,
+                square,
+                param.copy,
+                lr=numbers.lr * factor,
+                betas=self._betas,
+                eps=numbers.eps,
+                weight_decay=numbers.weight_decay,
+                step=self._step,
+            )
+            param.published = True
 
     def state_tensors(self) -> dict[str, tuple[MainParam, torch.Tensor]]:
         """Both moments, as ``exp_avg/<name>`` and ``exp_avg_sq/<name>``: live tensors in storage layout."""

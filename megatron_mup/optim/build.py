@@ -58,6 +58,7 @@ def shared_settings(flags: OptimizerConfig, device: torch.device) -> dict[str, A
         "split_heads": flags.muon_split_heads,
         "split_fc1": flags.muon_split_fc1,
         "ns_dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+        "cuda_graph": flags.optimizer_cuda_graph,
     }
 
 
@@ -121,7 +122,7 @@ def build_scalar(name: str, params: Numbered, config: Config, mesh: Mesh) -> Ada
                     warmup=_iterations(config, mesh) if warmup is None else warmup,
                 ),
             )
-    return AdamW(params, AdamWSettings(betas=betas))
+    return AdamW(params, AdamWSettings(betas=betas, impl=flags.adam_impl))
 
 
 def build_tables(params: Numbered, config: Config) -> ScionTables:

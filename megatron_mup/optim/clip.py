@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_mup.kernels.multiply import multiply_
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.parallel.mesh import Mesh
 
@@ -77,6 +78,7 @@ def clip_(params: list[MainParam], norm: torch.Tensor, max_norm: float) -> None:
     """Multiplies gradients by min(1, max_norm / (norm + 1e-6)), in place and on the device; 0 turns it off."""
     if max_norm <= 0:
         return
+    for param in params:
+        param.widen_grad()
     grads = [grad for grad in gradients(params) if grad.numel()]
-    if grads:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    multiply_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))

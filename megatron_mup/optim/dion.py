@@ -151,8 +151,6 @@ class Dion(Muon[DionSettings]):
     """
 
     momentum_on_shards: ClassVar[bool] = False
-    # Its factorizations are many small kernels, each of which does several matrices in the time of one.
-    batch_growth: ClassVar[int] = 4
     home_state: ClassVar[Mapping[str, Kept]] = {"dion_momentum": Kept.MATRIX, "dion_basis": Kept.BASIS}
 
     def __init__(

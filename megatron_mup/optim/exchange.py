@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,7 +15,6 @@ from megatron_mup.parametrization.meta import ParamMeta
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
 Place = tuple[int, int, int]
-Shards = Mapping[str, torch.Tensor]
 
 
 class MatrixRanks(Protocol):
@@ -31,6 +31,62 @@ class MatrixRanks(Protocol):
         """Offsets and shape of what the rank at a place holds of a matrix."""
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """A part of a matrix on its way.
+
+    Attributes:
+        name: the matrix.
+        offsets, shape: the part.
+        place: its first element in the flat buffer.
+    """
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    place: int
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """View of the part in a flat buffer, in its shape."""
+        return buffer[self.place : self.place + self.numel].view(self.shape)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a rank sends to, or gets from, each rank of the domain, in one flat buffer, rank after rank.
+
+    Attributes:
+        parcels: all of them.
+        counts: elements by rank.
+    """
+
+    parcels: tuple[Parcel, ...]
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(by_rank: Iterable[Iterable[tuple[str, Bounds]]]) -> Load:
+        """From names and bounds, rank by rank."""
+        parcels: list[Parcel] = []
+        counts, end = [], 0
+        for parts in by_rank:
+            begin = end
+            for name, (offsets, shape) in parts:
+                parcels.append(Parcel(name, offsets, shape, end))
+                end += parcels[-1].numel
+            counts.append(end - begin)
+        return Load(tuple(parcels), tuple(counts))
+
+    @property
+    def numel(self) -> int:
+        """Elements of the buffer."""
+        return sum(self.counts)
+
+
 class Exchange:
     """Moves matrices between storage and compute layout over the domain that shares them.
 
@@ -39,11 +95,10 @@ class Exchange:
     Args:
         mesh: the ranks that share the matrices; None for a rank alone.
         device: where the tensors are.
-        dtype: precision of what travels.
     """
 
-    def __init__(self, mesh: MatrixRanks | None, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype, self._mesh = device, dtype, mesh
+    def __init__(self, mesh: MatrixRanks | None, device: torch.device) -> None:
+        self.device, self._mesh = device, mesh
         self.places = mesh.matrix_places() if mesh is not None else [(0, 0, 0)]
         self.ranks = len(self.places)
         self.group = mesh.matrix_group if mesh is not None else None
@@ -73,118 +128,40 @@ class Exchange:
             return (0,) * len(meta.shape), meta.shape
         return self._mesh.matrix_bounds(meta, self.places[rank])
 
-    def to_homes(self, chunk: Sequence[Assignment], shards: Shards) -> Callable[[], dict[str, torch.Tensor]]:
-        """Starts bringing shards home.
-
-        Args:
-            chunk: the matrices.
-            shards: by name, this rank's shard of every matrix whose home is in its replica.
-
-        Returns:
-            A function that waits and gives the whole matrices that are at home here, by name.
-        """
-        at_home = [a for a in chunk if a.home == self.rank]
-        if not self.is_cut:
-            return lambda: {a.meta.name: shards[a.meta.name].to(self.dtype) for a in at_home}
-        outgoing = [
-            [shards[a.meta.name] for a in chunk if a.home == home and self.holds(home)] for home in range(self.ranks)
+    def to_homes(self, chunk: Sequence[Assignment]) -> tuple[Load, Load]:
+        """What this rank sends, and what it gets, where shards of a chunk travel to the homes of their replica."""
+        ranks = range(self.ranks)
+        own = {a.meta.name: self.bounds(a.meta, self.rank) for a in chunk}
+        sent = [[(a.meta.name, own[a.meta.name]) for a in chunk if a.home == r and self.holds(r)] for r in ranks]
+        got = [
+            [(a.meta.name, self.bounds(a.meta, r)) for a in chunk if a.home == self.rank and self.holds(r)]
+            for r in ranks
         ]
-        incoming = [
-            [self.bounds(a.meta, source) for a in at_home] if self.holds(source) else [] for source in range(self.ranks)
-        ]
-        wait = self._all_to_all(outgoing, incoming)
+        return Load.of(sent), Load.of(got)
 
-        def finish() -> dict[str, torch.Tensor]:
-            whole = {a.meta.name: torch.empty(a.meta.shape, dtype=self.dtype, device=self.device) for a in at_home}
-            for parts, bounds in zip(wait(), incoming, strict=True):
-                for assignment, part, (offsets, shape) in zip(at_home, parts, bounds, strict=False):
-                    _window(whole[assignment.meta.name], offsets, shape).copy_(part)
-            return whole
+    def from_homes(self, chunk: Sequence[Assignment]) -> tuple[Load, Load]:
+        """What this rank sends, and what it gets, where every rank gets its shard of every result of a chunk."""
+        ranks = range(self.ranks)
+        sent = [[(a.meta.name, self.bounds(a.meta, r)) for a in chunk if a.home == self.rank] for r in ranks]
+        got = [[(a.meta.name, self.bounds(a.meta, self.rank)) for a in chunk if a.home == r] for r in ranks]
+        return Load.of(sent), Load.of(got)
 
-        return finish
-
-    def from_homes(self, chunk: Sequence[Assignment], whole: Shards) -> Callable[[], dict[str, torch.Tensor]]:
-        """Starts sending results back.
-
-        Args:
-            chunk: the matrices.
-            whole: by name, the results that were computed here.
-
-        Returns:
-            A function that waits and gives this rank's shard of every result, by name.
-        """
-        if self.ranks == 1:
-            return lambda: {a.meta.name: whole[a.meta.name] for a in chunk}
-        outgoing = [
-            [_window(whole[a.meta.name], *self.bounds(a.meta, rank)) for a in chunk if a.home == self.rank]
-            for rank in range(self.ranks)
-        ]
-        ordered = [[a for a in chunk if a.home == home] for home in range(self.ranks)]
-        wait = self._all_to_all(outgoing, [[self.bounds(a.meta, self.rank) for a in group] for group in ordered])
-
-        def finish() -> dict[str, torch.Tensor]:
-            return {
-                assignment.meta.name: part
-                for group, parts in zip(ordered, wait(), strict=True)
-                for assignment, part in zip(group, parts, strict=True)
-            }
-
-        return finish
-
-    def tell(
-        self, chunk: Sequence[Assignment], sizes: Mapping[str, int], values: Shards
-    ) -> Callable[[], dict[str, torch.Tensor]]:
-        """Starts telling all ranks a few fp32 numbers about each matrix.
-
-        Args:
-            chunk: the matrices.
-            sizes: how many numbers, by name; nothing is exchanged where all are 0.
-            values: by name, those of the matrices that are at home here.
-
-        Returns:
-            A function that waits and gives the numbers of every matrix, flat, by name.
-        """
-        names = [a.meta.name for a in chunk]
-        counts = [sizes[name] for name in names]
-        # All but the home add zeros, which changes no bit.
-        flat = torch.cat(
-            [values[n].reshape(-1) if n in values else torch.zeros(sizes[n], device=self.device) for n in names]
-        )
-        work = dist.all_reduce(flat, group=self.group, async_op=True) if self.ranks > 1 and len(flat) else None
-
-        def finish() -> dict[str, torch.Tensor]:
-            if work is not None:
-                work.wait()
-            return dict(zip(names, flat.split(counts), strict=True))
-
-        return finish
-
-    def _all_to_all(
-        self, outgoing: list[list[torch.Tensor]], incoming: list[list[Bounds]]
-    ) -> Callable[[], list[list[torch.Tensor]]]:
-        """Starts one exchange; the function waits and gives the parts by source, each in its shape."""
-        flat = [part.reshape(-1).to(self.dtype) for parts in outgoing for part in parts]
-        send = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self.device)
-        sizes = [[math.prod(shape) for _, shape in bounds] for bounds in incoming]
-        received = torch.empty(sum(map(sum, sizes)), dtype=self.dtype, device=self.device)
+    def start(self, loads: tuple[Load, Load], send: torch.Tensor, received: torch.Tensor) -> Callable[[], None]:
+        """Starts an all-to-all from one flat buffer to another; both may be longer. The function waits for it."""
+        sent, got = loads
         work = dist.all_to_all_single(
-            received,
-            send,
-            [sum(s) for s in sizes],
-            [sum(part.numel() for part in parts) for parts in outgoing],
+            received[: got.numel],
+            send[: sent.numel],
+            list(got.counts),
+            list(sent.counts),
             group=self.group,
             async_op=True,
         )
+        return lambda: work.wait() and None
 
-        def finish(_alive: torch.Tensor = send) -> list[list[torch.Tensor]]:
-            work.wait()
-            pieces = iter(received.split([n for s in sizes for n in s]))
-            return [[next(pieces).view(shape) for _, shape in bounds] for bounds in incoming]
-
-        return finish
-
-
-def _window(whole: torch.Tensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-    for dim, (offset, size) in enumerate(zip(offsets, shape, strict=True)):
-        whole = whole.narrow(dim, offset, size)
-    return whole
+    def start_sum(self, numbers: torch.Tensor) -> Callable[[], None]:
+        """Starts summing numbers over the domain, in place. The function waits for it."""
+        if not numbers.numel():
+            return lambda: None
+        work = dist.all_reduce(numbers, group=self.group, async_op=True)
+        return lambda: work.wait() and None

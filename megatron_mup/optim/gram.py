@@ -17,10 +17,17 @@ import torch
 
 from megatron_mup.kernels.symmetric import Form, symmetric_product
 
+Watch = Callable[[torch.Tensor, torch.Tensor], None]
+"""Is shown iterates X ``[batch, short, long]`` on their way and what is proportional to their X X^T; must not change
+them."""
+
 BLOCKS: dict[str, tuple[int, ...]] = {"jordan": (3, 2), "quintic": (2, 3), "polar_express": (2, 2, 1)}
-"""Blocks of a coefficient set's five steps, with X in bf16 and R and Q in fp16; other numbers of steps go two by two.
+"""Blocks of a coefficient set's five steps, with X in bf16 and R and Q in fp16; most other numbers go two by two.
 The fewest that keep hard matrices (singular values down to 1e-7 of the largest, rank 2 of 128) within 0.1 of exact
 arithmetic and their largest singular value where it belongs; tests/optim/test_gram.py holds them to it."""
+
+EIGHT = {"polar_express": (2, 2, 4)}
+"""Of eight steps: the last ones find singular values near 1, whatever the matrix."""
 
 # fp16 keeps 11 bits but a small range, so what is stored in it is scaled by a power of two. R = X X^T with |X| <= 1 has
 # no entry above 1, and hardly above 1 in later steps; p(R) has none above a < 9.
@@ -31,8 +38,10 @@ _LARGEST_Q = 2.0**15
 
 def block_lengths(name: str, steps: int) -> tuple[int, ...]:
     """How many steps each block has."""
-    if steps == sum(BLOCKS.get(name, ())):
-        return BLOCKS[name]
+    base = name.partition(":")[0]
+    for blocks in (BLOCKS, EIGHT):
+        if base in blocks and sum(blocks[base]) == steps:
+            return blocks[base]
     return (2,) * (steps // 2) + (1,) * (steps % 2)
 
 
@@ -42,7 +51,7 @@ def gram_newton_schulz(
     schedule: tuple[tuple[float, float, float], ...],
     lengths: tuple[int, ...],
     eps: float,
-    watch: Callable[[torch.Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """Newton-Schulz steps on bf16 matrices, in blocks.
 
@@ -53,7 +62,7 @@ def gram_newton_schulz(
         schedule: (a, b, c) of each step.
         lengths: steps of each block.
         eps: smallest norm to divide by.
-        watch: is shown the iterate before each block, short side first; the first of them not normalized.
+        watch: is shown the iterate before each block; the first of them not normalized.
 
     Returns:
         bf16 ``[batch, m, n]``, new memory.
@@ -65,9 +74,9 @@ def gram_newton_schulz(
     factor, later = norm.reciprocal(), torch.ones_like(norm)
     steps = iter(schedule)
     for length in lengths:
-        if watch is not None:
-            watch(x.mT if x.shape[-2] > x.shape[-1] else x)
         r = symmetric_product(x, x, form, alpha=_SCALE_R, scale=factor.square(), dtype=torch.float16)
+        if watch is not None:
+            watch(x.mT if tall else x, r)
         q = _block_product(r, [next(steps) for _ in range(length)], factor)
         x = torch.bmm(x, q) if tall else torch.bmm(q, x)
         factor = later

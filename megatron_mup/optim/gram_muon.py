@@ -9,9 +9,11 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 
+from megatron_mup.kernels.shards import Pieces, advance, apply
+from megatron_mup.optim.batches import cut_runs, pieces_of_parcel
 from megatron_mup.optim.clip import gradients
 from megatron_mup.optim.coefficients import coefficient_schedule
-from megatron_mup.optim.exchange import Exchange
+from megatron_mup.optim.exchange import Exchange, Parcel
 from megatron_mup.optim.gram import block_lengths
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.matrix import block_shape, logical_blocks
@@ -81,10 +83,11 @@ class GramMuon(Muon[MuonSettings]):
         self._group = mesh.replica_group
         self._rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
         metas = [param.meta for param, _ in cut]
-        self._chunks = make_plan(metas, [self._gram_cost(meta) for meta in metas], ranks).chunks
+        self._shared = make_plan(metas, [self._gram_cost(meta) for meta in metas], ranks).chunks
+        self._shard_pieces = [self._pieces(chunk) for chunk in self._shared]
         self._rows = {param.meta.name: self._own_rows(param) for param, _ in cut}
         self.plan = self._whole_plan(mesh)
-        Exchange(mesh, mesh.device, settings.ns_dtype).check(self.plan)
+        Exchange(mesh, mesh.device).check(self.plan)
 
     @staticmethod
     def _fits(meta: ParamMeta, settings: MuonSettings, mesh: Mesh) -> bool:
@@ -107,34 +110,59 @@ class GramMuon(Muon[MuonSettings]):
         """The plan of all matrices; those that stay put have a home in each replica, of which the first is named."""
         places = mesh.matrix_places()
         ranks = [rank for rank, place in enumerate(places) if place[1] == 0]
-        chunks = [tuple(replace(a, home=ranks[a.home], mode="gram") for a in chunk) for chunk in self._chunks]
+        chunks = [tuple(replace(a, home=ranks[a.home], mode="gram") for a in chunk) for chunk in self._shared]
         return Plan(len(places), (*self._others.plan.chunks, *chunks))
 
     def _own_rows(self, param: MainParam) -> list[torch.Tensor] | None:
         """Rows of a shard that belong to each logical matrix, where it holds several."""
-        number = self._matrix_of_row[param.meta.name]
-        if number is None:
+        name, layout = param.meta.name, param.layout
+        if self._matrices(name) == 1:
             return None
-        return [(number == i).nonzero()[:, 0] for i in range(self._matrices(param.meta.name))]
+        rows: list[list[int]] = [[] for _ in range(self._matrices(name))]
+        parcel = Parcel(name, layout.offsets, layout.local_shape, 0)
+        for place in range(len(self._blocks[name])):
+            for run in cut_runs(self._runs(name, place), parcel):
+                start = run.start - layout.offsets[0]
+                rows[run.matrix - self._first[name]] += range(start, start + run.count)
+        return [torch.tensor(own, dtype=torch.int64, device=param.value.device) for own in rows]
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices."""
         self._others.step(factor)
-        for chunk in self._chunks:
+        params = [param for param, _ in self._params.values()]
+        self._grads.set_copies(gradients(params))
+        self._values.set([param.value for param in params])
+        self._factor.fill_(factor)
+        for chunk, pieces in zip(self._shared, self._shard_pieces, strict=True):
             names = [a.meta.name for a in chunk]
-            momenta = [self._momentum[name] for name in names]
-            grads = gradients([self._params[name][0] for name in names])
-            grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
-            updates = self._advance(momenta, grads)
+            shards = [self._params[name][0].value for name in names]
+            sizes = [shard.numel() for shard in shards]
+            flat = torch.empty(sum(sizes), device=shards[0].device)
+            advance(self._grads, self._momenta, flat, pieces, self._style)
+            updates = [part.view(shard.shape) for part, shard in zip(flat.split(sizes), shards, strict=True)]
             parts = [part for name, update in zip(names, updates, strict=True) for part in self._take(name, update)]
             with full_fp32_products():
                 parts = self._orthonormalize(parts, self._slots(chunk))
             found = iter(parts)
-            for name, update in zip(names, updates, strict=True):
-                param, scaling = self._params[name]
-                result = self._put(name, update, list(islice(found, self._matrices(name))))
-                self.apply(param, scaling, result, torch.empty(0), scaling.lr * factor)
+            results = [
+                self._put(name, update, list(islice(found, self._matrices(name)))).reshape(-1)
+                for name, update in zip(names, updates, strict=True)
+            ]
+            apply(self._values, torch.cat(results), pieces, *self._factors())
+        self._grads.forget()
+
+    def _pieces(self, chunk: Sequence[Assignment]) -> Pieces:
+        """The shards of a chunk, one after another, by logical matrix."""
+        tensor = {name: number for number, name in enumerate(self._params)}
+        place, pieces = 0, []
+        for name in (a.meta.name for a in chunk):
+            layout = self._params[name][0].layout
+            parcel = Parcel(name, layout.offsets, layout.local_shape, place)
+            place += parcel.numel
+            for block in range(len(self._blocks[name])):
+                pieces += pieces_of_parcel(tensor[name], self._runs(name, block), parcel)
+        return self._as_pieces(pieces)
 
     def _take(self, name: str, update: torch.Tensor) -> list[torch.Tensor]:
         """This rank's part of each logical matrix, fp32, ``[short side, what is here of the long side]``."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron_mup.config import Config
+from megatron_mup.kernels.multiply import multiply_
 from megatron_mup.parallel.data_parallel import main_dtype
 from megatron_mup.parallel.layout import Layout
 from megatron_mup.parallel.mesh import Mesh
@@ -30,13 +31,23 @@ class MainParam:
         layout: where ``value`` lies in the global tensor.
         value: this rank's shard, shape ``layout.local_shape``, plain tensor; updated in place.
         grad: gradient of the global loss by ``value``, same shape, final (summed over every axis), or None between
-            steps.
+            steps. Of a single micro-batch it may have the module's precision instead of ``value``'s.
+        copy: what the module computes with, where that is another tensor.
+        published: whether ``copy`` already has the updated values; an optimizer that writes both at once says so.
     """
 
     meta: ParamMeta
     layout: Layout
     value: torch.Tensor
     grad: torch.Tensor | None = None
+    copy: torch.Tensor | None = None
+    published: bool = False
+
+    def widen_grad(self) -> torch.Tensor | None:
+        """The gradient, from now on in the precision of ``value``: before arithmetic on it."""
+        if self.grad is not None and self.grad.dtype != self.value.dtype:
+            self.grad = self.grad.to(self.value.dtype)
+        return self.grad
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,8 +75,8 @@ class MainParams:
     """Links a model's parameters and gradients to the optimizer's tensors.
 
     Where the module already holds the optimizer's precision, ``value`` is its storage. Otherwise (bf16 without
-    data-parallel peers) it is a copy, gradients are summed over micro-batches in fp32, and `publish` writes the updated
-    values back.
+    data-parallel peers) it is a copy, gradients of several micro-batches are summed in fp32, and `publish` writes the
+    updated values back.
 
     Args:
         model: this rank's pipeline stages, sharded, with memory.
@@ -90,6 +101,7 @@ class MainParams:
             value = local if local.dtype == dtype else torch.empty_like(local, dtype=dtype)
             self.params.append(MainParam(metas[name], layout, value))
             if value is not local:
+                self.params[-1].copy = local
                 self.copied.append((self.params[-1], param))
                 param.register_post_accumulate_grad_hook(partial(self._accumulate, name))
         self._sums: dict[str, torch.Tensor] = {}
@@ -100,17 +112,24 @@ class MainParams:
         self.publish()
 
     def publish(self) -> None:
-        """Writes updated values to the parameters that the module computes with."""
-        if self.copied:
-            torch._foreach_copy_([local_part(p.detach()) for _, p in self.copied], [m.value for m, _ in self.copied])
+        """Writes updated values to the parameters that the module computes with, where the optimizer hasn't."""
+        stale = [main for main, _ in self.copied if not main.published]
+        if stale:
+            torch._foreach_copy_([main.copy for main in stale if main.copy is not None], [main.value for main in stale])
+        for main, _ in self.copied:
+            main.published = False
 
     def _accumulate(self, name: str, param: nn.Parameter) -> None:
-        """Moves the gradient of one micro-batch into an fp32 sum."""
-        if name in self._sums:
-            self._sums[name] += param.grad
+        """Adds the gradient of one micro-batch to the sum, in fp32; the first stays as it is until another comes."""
+        grad, param.grad = param.grad, None
+        assert grad is not None
+        first = self._sums.get(name)
+        if first is None:
+            self._sums[name] = grad
+        elif first.dtype == torch.float32:
+            first += grad
         else:
-            self._sums[name] = param.grad.to(torch.float32)
-        param.grad = None
+            self._sums[name] = first.float() + grad
 
     def accumulate(self) -> None:
         """Adds gradients to the fp32 sums that were set on parameters without the notice of hooks."""
@@ -130,7 +149,9 @@ class MainParams:
                 grad = local_part(module_grad)
             main.grad = grad
             for axis in main.meta.grad_sum_axes:
-                unsummed[axis].append(grad)
+                wide = main.widen_grad()
+                assert wide is not None
+                unsummed[axis].append(wide)
         for axis, grads in unsummed.items():
             if axis == "embedding" and len(grads) == 2:  # a rank that holds both the first and the last stage
                 total = grads[0].float() + grads[1]
@@ -141,7 +162,7 @@ class MainParams:
 
     def scale_grads(self, factor: torch.Tensor) -> None:
         """Multiplies every gradient by a 0-d tensor."""
-        torch._foreach_mul_([main.grad for main in self.params if main.grad is not None], factor)
+        multiply_([grad for main in self.params if (grad := main.widen_grad()) is not None], factor)
 
     def zero_grad(self) -> None:
         """Drops all gradients."""

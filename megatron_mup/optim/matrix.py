@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
@@ -13,9 +13,20 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
+from megatron_mup.kernels.shards import Momentum, Piece, Pieces, Shards, advance, apply, can_replay, is_unaligned
+from megatron_mup.optim.batches import (
+    Batch,
+    Run,
+    make_batches,
+    pieces_of_parcel,
+    pieces_of_runs,
+    runs_of_block,
+    windows,
+)
 from megatron_mup.optim.clip import gradients
-from megatron_mup.optim.exchange import Exchange, MatrixRanks
+from megatron_mup.optim.exchange import Exchange, Load, MatrixRanks, Parcel
 from megatron_mup.optim.experts import ExpertPart, ExpertRanks
+from megatron_mup.optim.graphs import Replays
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.newton_schulz import orthonormalize
 from megatron_mup.optim.planner import Assignment, make_plan, newton_schulz_cost
@@ -23,9 +34,10 @@ from megatron_mup.parallel.layout import Layout
 from megatron_mup.parametrization.meta import Block, ParamMeta, Role
 from megatron_mup.parametrization.table import Scaling
 
-BATCH_NUMEL = 1 << 25
-"""Elements of equal-shape matrices that are orthonormalized at once; a larger matrix goes alone. Bounds the memory of
-a step to a small multiple of 2^25 elements (128 MiB in fp32), or of the largest matrix."""
+BATCH_BYTES = 1 << 29
+"""Of equal-shape matrices that are orthonormalized at once, in Newton-Schulz's precision; a larger matrix goes alone.
+Bounds the memory of a step to a small multiple of it, or of the largest matrix. Enough to keep a large GPU busy:
+sixteen matrices of 2048 x 8192 in bf16 fill an H100's processors to 97 %, two to 69 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,7 @@ class MatrixSettings:
     split_heads: bool = False
     split_fc1: bool = True
     ns_dtype: torch.dtype = torch.float32
+    cuda_graph: bool = True
 
 
 SettingsT = TypeVar("SettingsT", bound=MatrixSettings)
@@ -127,12 +140,57 @@ def take_block(tensor: torch.Tensor, block: Block) -> torch.Tensor:
     return tensor.view(rows // block.period, block.period, columns)[:, block.start : block.start + block.size]
 
 
-def matrices_at_once(numel: int, device: torch.device) -> int:
-    """Matrices of ``numel`` elements that go through a home's arithmetic together.
+def matrices_at_once(size: int, device: torch.device) -> int:
+    """Matrices of ``size`` bytes that go through a home's arithmetic together.
 
     On a CPU one: results must not depend on which matrices share a home, and so on the layout, by as much as a bit.
     """
-    return 1 if device.type == "cpu" else max(1, BATCH_NUMEL // numel)
+    return 1 if device.type == "cpu" else max(1, BATCH_BYTES // size)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The work on a chunk of the plan.
+
+    Attributes:
+        matrices: numbers of its logical matrices.
+        batches: of those whose home is here.
+        packing: by batch, where its rows are in whole tensors.
+        runs: the same by name of a tensor, whose home is here.
+        homeward, back: what is sent and received on either way.
+        shards, results: pieces of shards where they are sent, and where what comes back is received.
+    """
+
+    matrices: slice
+    batches: list[Batch]
+    packing: list[Pieces]
+    runs: dict[str, list[Run]]
+    homeward: tuple[Load, Load]
+    back: tuple[Load, Load]
+    shards: Pieces
+    results: Pieces
+
+
+class _Buffers:
+    """What a chunk travels in, long enough for any; two sets take turns.
+
+    Args:
+        chunks: all chunks.
+        dtype: of updates and results.
+        weights: of weights; None if they don't travel.
+        device: where they are.
+    """
+
+    def __init__(
+        self, chunks: Sequence[_Chunk], dtype: torch.dtype, weights: torch.dtype | None, device: torch.device
+    ) -> None:
+        up = [max(chunk.homeward[i].numel for chunk in chunks) for i in range(2)]
+        back = [max(chunk.back[i].numel for chunk in chunks) for i in range(2)]
+        self.updates, self.arrived = (torch.empty(n, dtype=dtype, device=device) for n in up)
+        self.weights, self.arrived_weights = (
+            torch.empty(n if weights else 0, dtype=weights, device=device) for n in up
+        )
+        self.results, self.returned = (torch.empty(n, dtype=dtype, device=device) for n in back)
 
 
 class MatrixOptimizer(ABC, Generic[SettingsT]):
@@ -141,7 +199,10 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
     Each matrix has a home rank (`optim.planner`). Momentum lives on the shard, and in one replica only: the one that
     the home is in. A step advances it and sends shards of the update (and, if the rule asks, of the weight) home,
     where :meth:`compute` sees whole logical blocks; what it returns travels back, in Newton-Schulz's precision
-    (`optim.exchange`), and :meth:`apply` changes the shards. So no layout changes the result.
+    (`optim.exchange`), and the shards change by :meth:`factors` of it. So no layout changes the result.
+
+    On a GPU all of it but the exchange is replayed from CUDA graphs (`optim.graphs`). What a graph reads and writes
+    stays where it is: momenta, states, buffers; gradients and weights are found by tables of addresses.
 
     Args:
         params: this rank's shards and their numbers.
@@ -154,8 +215,6 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
     """How cut matrices come together, see `planner.Assignment`."""
     momentum_on_shards: ClassVar[bool] = True
     """Whether shards hold the momentum and send the update home; otherwise they send the gradient."""
-    batch_growth: ClassVar[int] = 1
-    """How many times as many matrices go through :meth:`compute` at once as through Newton-Schulz alone."""
     places_weights: ClassVar[bool] = False
     """Whether a step moves weights to where the rule keeps them, even at rate 0 and with gradients of zero."""
     weight_travels: ClassVar[bool] = False
@@ -170,10 +229,8 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         self._params = {param.meta.name: (param, scaling) for param, scaling in params}
         self._blocks = {param.meta.name: logical_blocks(param.meta, settings) for param, _ in params}
         self._ranges = {param.meta.name: self._number(param.meta) for param, _ in params}
-        self._matrix_of_row = {param.meta.name: self._find_rows(param) for param, _ in params}
         device = params[0][0].value.device if params else torch.device("cpu")
-        self._exchange = Exchange(mesh, device, settings.ns_dtype)
-        self._weights = Exchange(mesh, device, params[0][0].value.dtype if params else torch.float32)
+        self._exchange = Exchange(mesh, device)
         metas = [param.meta for param, _ in params]
         homes = [mesh.homes(meta) for meta in metas] if isinstance(mesh, ExpertRanks) else None
         costs, ranks = [self.cost(meta) for meta in metas], self._exchange.ranks
@@ -190,6 +247,30 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
             for a in self.plan.assignments
             if a.home == self._exchange.rank
         }
+        self._first: dict[str, int] = {}
+        end = 0
+        for assignment in self.plan.assignments:
+            self._first[assignment.meta.name], end = end, end + self._matrices(assignment.meta.name)
+        self._rates = self.for_all(lambda param, scaling: [scaling.lr] * self._matrices(param.meta.name))
+        self._factor, self._numbers = torch.zeros((), device=device), torch.zeros(end, self.numbers, device=device)
+        self._grads, self._values = (Shards(len(params), device) for _ in range(2))
+        self._momenta = self._shards_of_momenta(device)
+        self._style = Momentum(settings.momentum, settings.momentum_style == "ema", settings.nesterov)
+        self._chunks = [self._prepare(chunk) for chunk in self.plan.chunks]
+        self._buffers: list[_Buffers] = []
+        if self._chunks and ranks > 1:
+            weights = params[0][0].value.dtype if self.weight_travels else None
+            self._buffers = [_Buffers(self._chunks, settings.ns_dtype, weights, device) for _ in range(2)]
+        self._replays = Replays(device, settings.cuda_graph and can_replay(device))
+
+    def _shards_of_momenta(self, device: torch.device) -> Shards | None:
+        """The momenta in the order of parameters, nothing for those that are kept elsewhere."""
+        if not self.momentum_on_shards or not self._params:
+            return None
+        momenta, kept = Shards(len(self._params), device), self._momentum
+        nothing = torch.empty(0, device=device, dtype=next(iter(self._params.values()))[0].value.dtype)
+        momenta.set([kept.get(name, nothing) for name in self._params])
+        return momenta
 
     def _number(self, meta: ParamMeta) -> list[range]:
         """The logical matrices of a tensor are numbered through; here are those of each block."""
@@ -201,20 +282,6 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
 
     def _matrices(self, name: str) -> int:
         return self._ranges[name][-1].stop
-
-    def _find_rows(self, param: MainParam) -> torch.Tensor | None:
-        """Number of the logical matrix that each row of a shard belongs to; None where there is but one."""
-        name = param.meta.name
-        if self._matrices(name) == 1:
-            return None
-        first, count = param.layout.offsets[0], param.layout.local_shape[0]
-        rows = torch.arange(first, first + count, device=param.value.device)
-        number = torch.zeros_like(rows)
-        for block, numbers in zip(self._blocks[name], self._ranges[name], strict=True):
-            place = rows % block.period
-            own = numbers.start + (rows // block.period if block.apart else 0)
-            number = torch.where((place >= block.start) & (place < block.start + block.size), own, number)
-        return number
 
     def _empty_kept(self, meta: ParamMeta, kept: Kept, device: torch.device) -> torch.Tensor:
         rows, columns = meta.shape
@@ -244,20 +311,21 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What is computed at home: a matrix like ``update``, and ``[batch, numbers]`` in fp32 or None."""
+        """What is computed at home: a matrix like ``update``, and ``[batch, numbers]`` in fp32 or None.
+
+        Nothing in it waits for the device or depends on anything but these tensors: a CUDA graph replays it.
+        """
 
     @abstractmethod
-    def apply(
-        self, param: MainParam, scaling: Scaling, result: torch.Tensor, numbers: torch.Tensor, rate: float
-    ) -> None:
-        """Updates a shard, each value rounded once.
+    def factors(self, rates: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors ``gain`` and ``change`` in ``W <- W + (gain R + change W)``, R being what :meth:`compute` gave.
 
         Args:
-            param: the shard.
-            scaling: its numbers.
-            result: this shard's part of what :meth:`compute` gave.
-            numbers: ``[matrices, numbers]``, of all logical matrices of this parameter.
-            rate: learning rate of this step.
+            rates: fp32 ``[matrices]``, learning rate of each of this optimizer's logical matrices.
+            numbers: ``[matrices, numbers]``, what :meth:`compute` said of them.
+
+        Returns:
+            fp32 ``[matrices]`` each.
         """
 
     def orthonormal(self, update: torch.Tensor) -> torch.Tensor:
@@ -265,132 +333,195 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         settings = self.settings
         return orthonormalize(update, settings.num_ns_steps, settings.coefficients, settings.ns_dtype)
 
-    def per_row(self, param: MainParam, values: torch.Tensor) -> torch.Tensor:
-        """A value per logical matrix, as a factor on a shard: 0-d, or ``[rows, 1]`` where there are several."""
-        number = self._matrix_of_row[param.meta.name]
-        return values[0] if number is None else values[number][:, None]
-
     def per_matrix(self, meta: ParamMeta, value: Callable[[int, int], float]) -> list[float]:
         """A function of ``[out, in]`` for each logical matrix."""
         blocks = zip(self._blocks[meta.name], self._ranges[meta.name], strict=True)
         return [value(*block_shape(meta, block)) for block, numbers in blocks for _ in numbers]
 
+    def for_all(self, values: Callable[[MainParam, Scaling], Sequence[float]]) -> torch.Tensor:
+        """Fp32 ``[matrices]`` from the numbers of each parameter's logical matrices."""
+        found = [values(*self._params[a.meta.name]) for a in self.plan.assignments]
+        return torch.tensor([number for numbers in found for number in numbers], device=self._exchange.device)
+
+    def _prepare(self, chunk: Sequence[Assignment]) -> _Chunk:
+        """What there is to do for a chunk, here and between ranks."""
+        exchange = self._exchange
+        tensor = {name: number for number, name in enumerate(self._params)}
+        batches = self._make_batches([a.meta.name for a in chunk if a.home == exchange.rank])
+        runs: dict[str, list[Run]] = {}
+        packing = []
+        for number, batch in enumerate(batches):
+            pieces, row = [], 0
+            for name, place in batch.places:
+                found = [replace(run, batch=number, row=row + run.row) for run in self._runs(name, place)]
+                runs.setdefault(name, []).extend(found)
+                pieces += pieces_of_runs(tensor[name], found, batch.shape[1])
+                row += len(self._ranges[name][place]) * batch.shape[0]
+            packing.append(self._as_pieces(pieces))
+        start = self._first[chunk[0].meta.name]
+        matrices = slice(start, start + sum(self._matrices(a.meta.name) for a in chunk))
+        homeward, back = exchange.to_homes(chunk), exchange.from_homes(chunk)
+        shards = [Piece(tensor[p.name], 0, p.place, p.numel, 0) for p in homeward[0].parcels]
+        results = [
+            piece
+            for parcel in back[1].parcels
+            for place in range(len(self._blocks[parcel.name]))
+            for piece in pieces_of_parcel(tensor[parcel.name], self._runs(parcel.name, place), parcel)
+        ]
+        shards, results = (pieces if exchange.ranks > 1 else [] for pieces in (shards, results))
+        ends = self._as_pieces(shards), self._as_pieces(results)
+        return _Chunk(matrices, batches, packing, runs, homeward, back, *ends)
+
+    def _as_pieces(self, pieces: Sequence[Piece]) -> Pieces:
+        """Pieces of these parameters."""
+        values = enumerate(param.value for param, _ in self._params.values())
+        return Pieces(pieces, self._exchange.device, {number for number, value in values if is_unaligned(value)})
+
+    def _make_batches(self, names: Sequence[str]) -> list[Batch]:
+        """Groups of the logical matrices of tensors whose home is here."""
+        places = [(name, place) for name in names for place in range(len(self._blocks[name]))]
+        shapes = {(n, i): block_shape(self._params[n][0].meta, self._blocks[n][i]) for n, i in places}
+        device, size = self._exchange.device, self.settings.ns_dtype.itemsize
+        limits = {shape: matrices_at_once(size * math.prod(shape), device) for shape in set(shapes.values())}
+        return make_batches(shapes, {(n, i): len(self._ranges[n][i]) for n, i in places}, limits)
+
+    def _runs(self, name: str, place: int) -> list[Run]:
+        """Rows of a block, with the numbers of its matrices among all."""
+        own, first = self._ranges[name][place], self._first[name]
+        rows = self._params[name][0].meta.shape[0]
+        return runs_of_block(self._blocks[name][place], rows, range(first + own.start, first + own.stop))
+
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices.
+        """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices."""
+        params = [param for param, _ in self._params.values()]
+        self._grads.set_copies(gradients(params))
+        self._values.set([param.value for param in params])
+        self._factor.fill_(factor)
+        if self._exchange.ranks == 1:
+            self._replays(("step", self._grads.dtype), self._alone)
+        else:
+            self._together()
+        self._grads.forget()
+
+    def _alone(self) -> None:
+        """A step of a rank that has all matrices whole."""
+        for chunk in self._chunks:
+            for number, batch in enumerate(chunk.batches):
+                result = self._at_home(batch, *self._pack_whole(batch, chunk.packing[number]))
+                apply(self._values, result.view(-1), chunk.packing[number], *self._factors())
+
+    def _together(self) -> None:
+        """A step with others.
 
         The exchange of the next chunk and of the last one's results runs beside the arithmetic of this one.
         """
-        chunks = self.plan.chunks
-        arriving = self._send(chunks[0]) if chunks else None
+        if not self._chunks:
+            return
+        dtype = self._grads.dtype
+        arriving = self._send(0)
         returning: Callable[[], None] | None = None
-        for number, chunk in enumerate(chunks):
-            updates, weights = arriving()
-            if number + 1 < len(chunks):
-                arriving = self._send(chunks[number + 1])
-            results, numbers = self._at_home(updates, weights)
-            back = self._exchange.from_homes(chunk, results)
-            sizes = {a.meta.name: self._matrices(a.meta.name) * self.numbers for a in chunk}
-            told = self._exchange.tell(chunk, sizes, numbers)
+        for number, chunk in enumerate(self._chunks):
+            arriving()
+            if number + 1 < len(self._chunks):
+                arriving = self._send(number + 1)
+            buffers = self._buffers[number % 2]
+            self._replays(("home", number, dtype), partial(self._home, chunk, buffers))
+            back = self._exchange.start(chunk.back, buffers.results, buffers.returned)
+            told = self._exchange.start_sum(self._numbers[chunk.matrices])
             if returning is not None:
                 returning()
-            returning = partial(self._apply_all, back, told, factor)
+            returning = partial(self._finish, number, back, told)
         if returning is not None:
             returning()
 
-    def _send(self, chunk: Sequence[Assignment]) -> Callable[[], tuple[dict[str, torch.Tensor], ...]]:
+    def _send(self, number: int) -> Callable[[], None]:
         """Advances the momenta of a chunk and starts updates and weights on their way."""
-        names = [a.meta.name for a in chunk if self._exchange.holds(a.home)]
-        updates: Sequence[torch.Tensor] = gradients([self._params[name][0] for name in names])
-        if names and self.momentum_on_shards:
-            momenta = [self._momentum[name] for name in names]
-            grads = [grad.to(momentum.dtype) for grad, momentum in zip(updates, momenta, strict=True)]
-            updates = self._advance(momenta, grads)
-        waits = [self._exchange.to_homes(chunk, dict(zip(names, updates, strict=True)))]
+        if not self._exchange.is_cut:
+            return lambda: None
+        chunk, buffers = self._chunks[number], self._buffers[number % 2]
+        self._replays(("send", number, self._grads.dtype), partial(self._pack, chunk, buffers))
+        waits = [self._exchange.start(chunk.homeward, buffers.updates, buffers.arrived)]
         if self.weight_travels:
-            waits.append(self._weights.to_homes(chunk, {name: self._params[name][0].value for name in names}))
-        else:
-            waits.append(dict)
-        return lambda: tuple(wait() for wait in waits)
+            waits.append(self._exchange.start(chunk.homeward, buffers.weights, buffers.arrived_weights))
 
-    def _advance(self, momenta: list[torch.Tensor], grads: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Adds gradients to momenta, in place, and gives the updates."""
-        beta, nesterov = self.settings.momentum, self.settings.nesterov
-        if self.settings.momentum_style == "ema":
-            torch._foreach_lerp_(momenta, grads, 1 - beta)
-            return torch._foreach_lerp(grads, momenta, beta) if nesterov else momenta
-        torch._foreach_mul_(momenta, beta)
-        torch._foreach_add_(momenta, grads)
-        return torch._foreach_add(grads, momenta, alpha=beta) if nesterov else momenta
+        def wait() -> None:
+            for one in waits:
+                one()
 
-    def _apply_all(
-        self,
-        results: Callable[[], dict[str, torch.Tensor]],
-        numbers: Callable[[], dict[str, torch.Tensor]],
-        factor: float,
-    ) -> None:
-        """Waits for results and updates the shards."""
-        told = numbers()
-        for name, result in results().items():
-            param, scaling = self._params[name]
-            self.apply(param, scaling, result, told[name].view(self._matrices(name), -1), scaling.lr * factor)
+        return wait
 
-    def _at_home(
-        self, updates: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Results and numbers of the matrices at home here, by name; logical matrices of one shape go together."""
-        alike: dict[tuple[int, int], list[tuple[str, int]]] = {}
-        for name in sorted(updates):
-            for place, block in enumerate(self._blocks[name]):
-                alike.setdefault(block_shape(self._params[name][0].meta, block), []).append((name, place))
-        # In the precision that travels, on a rank alone too.
-        results = {name: torch.empty_like(update) for name, update in updates.items() if len(self._blocks[name]) > 1}
-        numbers = {
-            name: torch.zeros(self._matrices(name), self.numbers, device=update.device)
-            for name, update in updates.items()
-        }
-        for shape, places in alike.items():
-            for chosen in self._batches(shape, places):
-                kept = {kind: torch.cat([self._kept_part(*p, kind) for p in chosen]) for kind in self.home_state}
-                weight = self._stack(weights, chosen, shape) if self.weight_travels else None
-                result, said = self.compute(Whole(self._stack(updates, chosen, shape), weight, kept))
-                end = 0
-                for name, place in chosen:
-                    own = self._ranges[name][place]
-                    mine, end = slice(end, end + len(own)), end + len(own)
-                    if name in results:
-                        target = take_block(results[name], self._blocks[name][place])
-                        target.copy_(result[mine].reshape(target.shape))
-                    else:
-                        results[name] = result[mine].reshape(updates[name].shape).to(updates[name].dtype)
-                    if said is not None:
-                        numbers[name][own.start : own.stop] = said[mine]
-                    for kind, values in kept.items():
-                        self._kept_part(name, place, kind, values[mine])
-        return results, numbers
+    def _pack(self, chunk: _Chunk, buffers: _Buffers) -> None:
+        """Fills the buffers that a chunk's shards travel in."""
+        advance(self._grads, self._momenta, buffers.updates, chunk.shards, self._style)
+        if self.weight_travels:
+            advance(self._values, None, buffers.weights, chunk.shards, self._style)
 
-    def _batches(self, shape: tuple[int, int], places: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-        """Blocks whose matrices go through a home's arithmetic together; those of one block always do."""
-        limit = matrices_at_once(math.ceil(math.prod(shape) / self.batch_growth), self._exchange.device)
-        size, batch = 0, list[tuple[str, int]]()
-        for name, place in places:
-            count = len(self._ranges[name][place])
-            if batch and size + count > limit:
-                yield batch
-                size, batch = 0, []
-            size += count
-            batch.append((name, place))
-        yield batch
+    def _home(self, chunk: _Chunk, buffers: _Buffers) -> None:
+        """The arithmetic of a chunk's matrices whose home is here, from what arrived to what goes back."""
+        if self.numbers:
+            self._numbers[chunk.matrices].zero_()
+        cut = self._exchange.is_cut
+        parcels = chunk.homeward[1].parcels
+        results = []
+        arrived = self._unpack(chunk, buffers.arrived, parcels) if cut else []
+        weights = self._unpack(chunk, buffers.arrived_weights, parcels) if cut and self.weight_travels else []
+        for number, batch in enumerate(chunk.batches):
+            if cut:
+                update, weight = arrived[number], weights[number] if weights else None
+            else:
+                update, weight = self._pack_whole(batch, chunk.packing[number])
+            results.append(self._at_home(batch, update, weight).view(-1, batch.shape[1]))
+        whole, parts = windows(results, chunk.runs, chunk.back[0].parcels, buffers.results)
+        if parts:
+            torch._foreach_copy_(parts, whole)
 
-    def _stack(
-        self, whole: dict[str, torch.Tensor], places: list[tuple[str, int]], shape: tuple[int, int]
-    ) -> torch.Tensor:
-        # Contiguous, for sums over strided memory round otherwise.
-        parts = [
-            take_block(whole[name], self._blocks[name][place]).reshape(-1, *shape).contiguous()
-            for name, place in places
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _unpack(self, chunk: _Chunk, buffer: torch.Tensor, parcels: Sequence[Parcel]) -> list[torch.Tensor]:
+        """Whole matrices, batch by batch, from the shards that arrived."""
+        flat = [buffer.new_empty(batch.numel // batch.shape[1], batch.shape[1]) for batch in chunk.batches]
+        whole, parts = windows(flat, chunk.runs, parcels, buffer)
+        if parts:
+            torch._foreach_copy_(whole, parts)
+        return [rows.view(-1, *batch.shape) for rows, batch in zip(flat, chunk.batches, strict=True)]
+
+    def _finish(self, number: int, back: Callable[[], None], told: Callable[[], None]) -> None:
+        """Waits for a chunk's results and updates the shards."""
+        back()
+        told()
+        chunk, buffers = self._chunks[number], self._buffers[number % 2]
+
+        def work() -> None:
+            apply(self._values, buffers.returned, chunk.results, *self._factors())
+
+        self._replays(("finish", number, self._grads.dtype), work)
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.factors(self._rates * self._factor, self._numbers)
+
+    def _pack_whole(self, batch: Batch, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Updates, and weights if the rule asks for them, of whole matrices that are here; advances the momenta."""
+        update = torch.empty(batch.numel, dtype=self.settings.ns_dtype, device=self._exchange.device)
+        advance(self._grads, self._momenta, update, pieces, self._style)
+        weight = None
+        if self.weight_travels:
+            weight = torch.empty(batch.numel, dtype=self._values.dtype, device=update.device)
+            advance(self._values, None, weight, pieces, self._style)
+            weight = weight.view(-1, *batch.shape)
+        return update.view(-1, *batch.shape), weight
+
+    def _at_home(self, batch: Batch, update: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """The result of a batch in the precision that travels, on a rank alone too; numbers and states are kept."""
+        kept = {kind: torch.cat([self._kept_part(*p, kind) for p in batch.places]) for kind in self.home_state}
+        result, said = self.compute(Whole(update, weight, kept))
+        end = 0
+        for name, place in batch.places:
+            own, first = self._ranges[name][place], self._first[name]
+            mine, end = slice(end, end + len(own)), end + len(own)
+            if said is not None:
+                self._numbers[first + own.start : first + own.stop] = said[mine]
+            for kind, values in kept.items():
+                self._kept_part(name, place, kind, values[mine])
+        return result.to(self.settings.ns_dtype).contiguous()
 
     def _kept_part(self, name: str, place: int, kind: str, new: torch.Tensor | None = None) -> torch.Tensor:
         """A block's share of a state, ``[matrices, ...]``; overwritten with ``new`` if that is given."""

@@ -66,32 +66,21 @@ class Muon(MatrixOptimizer[MuonT]):
 
     def __init__(self, params: list[tuple[MainParam, Scaling]], settings: MuonT, mesh: MatrixRanks | None) -> None:
         super().__init__(params, settings, mesh)
-        self._scales = {param.meta.name: self._scale(param) * scaling.stored for param, scaling in params}
+        self._scales = self.for_all(self._scales_of)
+        self._decays = self.for_all(lambda p, scaling: self.per_matrix(p.meta, lambda *_: scaling.weight_decay))
 
-    def _scale(self, param: MainParam) -> float | torch.Tensor:
-        """Factor on the orthonormal update of this shard: a number, or ``[rows, 1]`` where blocks differ."""
+    def _scales_of(self, param: MainParam, scaling: Scaling) -> list[float]:
         settings = self.settings
-
-        def factor(rows: int, columns: int) -> float:
-            return settings.extra_scale_factor * update_scale(settings.scale_mode, rows, columns)
-
-        factors = self.per_matrix(param.meta, factor)
-        if len(set(factors)) == 1:
-            return factors[0]
-        return self.per_row(param, torch.tensor(factors, device=param.value.device))
+        factor = settings.extra_scale_factor * scaling.stored
+        return self.per_matrix(param.meta, lambda *shape: factor * update_scale(settings.scale_mode, *shape))
 
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The orthonormal factor."""
         return self.orthonormal(whole.update), None
 
-    def apply(
-        self, param: MainParam, scaling: Scaling, result: torch.Tensor, numbers: torch.Tensor, rate: float
-    ) -> None:
-        """Adds the scaled update and decays."""
-        delta = result.to(torch.float32) * (self._scales[param.meta.name] * -rate)
-        if scaling.weight_decay:
-            delta.add_(param.value, alpha=-rate * scaling.weight_decay)
-        param.value.add_(delta)
+    def factors(self, rates: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Minus the rate times the shape's factor, and times the decay."""
+        return -rates * self._scales, -rates * self._decays
 
 
 class NorMuon(Muon[NorMuonSettings]):
@@ -109,9 +98,12 @@ class NorMuon(Muon[NorMuonSettings]):
 
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The orthonormal factor with even rows."""
-        ortho = self.orthonormal(whole.update).float()
+        ortho = self.orthonormal(whole.update)
+        # One pass over the matrix for all sums of squares, one to multiply.
+        squares = torch.linalg.vector_norm(ortho, dim=-1, keepdim=True, dtype=torch.float32).square()
         variance = whole.kept["row_variance"]
-        variance.lerp_(ortho.square().mean(-1, keepdim=True), 1 - self.settings.beta2)
-        even = ortho / (variance.sqrt() + 1e-8)
-        norms = [torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (ortho, even)]
-        return even * (norms[0] / norms[1].clamp(min=1e-30)), None
+        variance.lerp_(squares / ortho.shape[-1], 1 - self.settings.beta2)
+        factor = (variance.sqrt() + 1e-8).reciprocal()
+        sums = [total.sum(-2, keepdim=True) for total in (squares, squares * factor.square())]
+        factor = factor * (sums[0] / sums[1].clamp(min=1e-30)).sqrt()
+        return torch.mul(ortho, factor, out=torch.empty_like(ortho)), None

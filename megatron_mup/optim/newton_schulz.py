@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from megatron_mup.kernels.symmetric import kernel_takes
 from megatron_mup.optim.coefficients import coefficient_schedule
-from megatron_mup.optim.gram import block_lengths, gram_newton_schulz
-
-Watch = Callable[[torch.Tensor], None]
-"""Is shown iterates ``[batch, short, long]`` on their way; must not change them."""
+from megatron_mup.optim.gram import Watch, block_lengths, gram_newton_schulz
 
 
 @contextmanager
@@ -48,9 +45,9 @@ def orthonormalize_plain(
     work = torch.div(work, norm, out=torch.empty_like(work, dtype=dtype))  # computed in fp32
     with full_fp32_products():
         for a, b, c in coefficient_schedule(coefficients, steps):
-            if watch is not None:
-                watch(work)
             gram = work @ work.mT
+            if watch is not None:
+                watch(work, gram)
             poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             work = torch.baddbmm(work, poly, work, beta=a)
     if tall:

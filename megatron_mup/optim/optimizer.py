@@ -179,6 +179,11 @@ class Optimizer:
         """Where each matrix is orthonormalized, and what that costs."""
         return self._matrix.plan
 
+    @property
+    def expert_plan(self) -> Plan | None:
+        """The same of experts, in runs that have homes of their own; None in a model without."""
+        return None if self._experts is None else self._experts.plan
+
     def plan(self) -> str:
         """Which rank orthonormalizes which matrix of this stage, as a table (``--print-optimizer-plan``)."""
         size = self._matrix.settings.ns_dtype.itemsize

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from megatron_mup.parametrization.meta import Block, ParamMeta
 
-CHUNK_ELEMENTS = 1 << 25
-"""Elements that one rank exchanges at once; the exchange of a chunk runs beside the arithmetic of another."""
+CHUNK_ELEMENTS = 1 << 27
+"""Elements that one rank exchanges at once; the exchange of a chunk runs beside the arithmetic of another. Enough for a
+GPU to be busy with (`matrix.BATCH_BYTES`)."""
 
 
 @dataclass(frozen=True)

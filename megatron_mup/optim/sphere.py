@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 
+from megatron_mup.kernels.symmetric import Form, symmetric_product
 from megatron_mup.optim.exchange import MatrixRanks
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.matrix import Kept, MatrixOptimizer, MatrixSettings, Whole
 from megatron_mup.optim.newton_schulz import full_fp32_products
-from megatron_mup.optim.tangent import tangent_direction, times
+from megatron_mup.optim.tangent import tangent_direction, thin_product
 from megatron_mup.parametrization.table import Scaling
 
 SQUARINGS = 9
 """Squarings of the Gram matrix: 2^9 power iterations on it. A singular value one per cent above another gains a factor
 1.02^512 = 25000 on it, so that newcomers are found in time, which a few iterations from the old vector don't do."""
 
-_TINY = 1e-30
+_TINY = 1e-18
+_SCALE = 2.0**13
+"""Of Gram matrices as they are stored: fp16 has a small range, and they have norm 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class SphereSettings(MatrixSettings):
 
     radius: float = 1.0
     retraction: str = "hard"
-    solver_steps: int = 5
+    solver_steps: int = 3
 
 
 def sphere_radius(settings: SphereSettings, rows: int, columns: int) -> float:
@@ -47,9 +49,9 @@ def top_singular(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Largest singular value and its vectors, without waiting for the device.
 
-    The Gram matrix of the short side is formed and squared `SQUARINGS` times in ``dtype``; the vector that comes of it
-    is refined, and the value taken, in fp32. Where the largest values all but agree, the vectors are a mixture of
-    theirs, and the value lies between them.
+    The Gram matrix of the short side is formed and squared `SQUARINGS` times, in fp16 if ``dtype`` is bf16; the vector
+    that comes of it is refined, and the value taken, in fp32. Where the largest values all but agree, the vectors are a
+    mixture of theirs, and the value lies between them.
 
     Args:
         weight: ``[batch, m, n]``.
@@ -59,28 +61,35 @@ def top_singular(
     Returns:
         Value ``[batch]``, left ``[batch, m]`` and right ``[batch, n]`` unit vectors; zeros for a zero matrix.
     """
-    weight = weight.float()
     tall = weight.shape[-2] > weight.shape[-1]
     wide = weight.mT if tall else weight
+    stored = torch.float32 if dtype is torch.float32 else torch.float16
     with full_fp32_products():
-        short = _unit(start if tall else times(wide, start))
+        short = _unit(start if tall else _image(wide, start))
         # A fixed chirp in every start: a direction that is new at the top must not begin at zero.
         index = torch.arange(short.shape[-1], device=weight.device, dtype=torch.float32)
         short = short + 0.1 * _unit(torch.cos(0.618034 * index * (index % 1024) + index))
-        rough = wide.to(dtype)
-        gram = rough @ rough.mT
+        rough = weight.to(dtype)
+        norm = torch.linalg.vector_norm(rough, dim=(-2, -1), dtype=torch.float32)
+        form: Form = "columns" if tall else "rows"
         for squaring in range(SQUARINGS + 1):
-            norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-            gram = (gram / norm.clamp(min=_TINY)).to(dtype)
-            if squaring < SQUARINGS:
-                gram = gram @ gram
-        short = _unit(times(gram.float(), short))
-        long = _unit(times(wide.mT, short))
-        short = _unit(times(wide, long))
-        long = times(wide.mT, short)
+            scale = norm.clamp(min=_TINY).reciprocal().square()
+            if squaring == 0:
+                gram = symmetric_product(rough, rough, form, alpha=_SCALE, scale=scale, dtype=stored)
+            else:
+                gram = symmetric_product(gram, gram, "symmetric", alpha=_SCALE, scale=scale)
+            norm = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32)
+        short = _unit(_image(gram, short))
+        long = _unit(_image(wide.mT, short))
+        short = _unit(_image(wide, long))
+        long = _image(wide.mT, short)
         sigma = torch.linalg.vector_norm(long, dim=-1)
         long = _unit(long)
     return (sigma, long, short) if tall else (sigma, short, long)
+
+
+def _image(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return thin_product(matrix, vector[..., None])[..., 0]
 
 
 class MuonSphere(MatrixOptimizer[SphereSettings]):
@@ -104,16 +113,15 @@ class MuonSphere(MatrixOptimizer[SphereSettings]):
         self, params: list[tuple[MainParam, Scaling]], settings: SphereSettings, mesh: MatrixRanks | None
     ) -> None:
         super().__init__(params, settings, mesh)
-        self._radii = {
-            param.meta.name: torch.tensor(
-                self.per_matrix(param.meta, partial(sphere_radius, settings)), device=param.value.device
-            )
-            * scaling.stored
-            for param, scaling in params
-        }
+        self._radii = self.for_all(self._radii_of)
+        self._decays = self.for_all(lambda p, scaling: self.per_matrix(p.meta, lambda *_: scaling.weight_decay))
+
+    def _radii_of(self, param: MainParam, scaling: Scaling) -> list[float]:
+        return self.per_matrix(param.meta, lambda *shape: scaling.stored * sphere_radius(self.settings, *shape))
 
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The direction, with sigma and whether the matrix has been retracted before (1 or 0)."""
+        assert whole.weight is not None
         vector = whole.kept["right_vector"]
         known = (vector != 0).any(-1)
         sigma, left, right = top_singular(whole.weight, vector, self.settings.ns_dtype)
@@ -124,18 +132,14 @@ class MuonSphere(MatrixOptimizer[SphereSettings]):
         """Phi, from the update and W's top singular vectors."""
         return self.orthonormal(update)
 
-    def apply(
-        self, param: MainParam, scaling: Scaling, result: torch.Tensor, numbers: torch.Tensor, rate: float
-    ) -> None:
-        """Retracts, then takes the step."""
+    def factors(self, rates: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Minus the rate times the radius; what retraction adds."""
         sigma, known = numbers.unbind(-1)
-        radius = self._radii[param.meta.name]
-        stretch = radius / sigma.clamp(min=_TINY)
+        stretch = self._radii / sigma.clamp(min=_TINY)
         if self.settings.retraction == "dynamic":
-            small = 1 + scaling.weight_decay * rate * torch.sign(radius - sigma)
+            small = 1 + self._decays * rates * torch.sign(self._radii - sigma)
             stretch = torch.where(known > 0, small, stretch)
-        delta = result.to(torch.float32) * self.per_row(param, radius * -rate)
-        param.value.add_(delta.add_(param.value.to(torch.float32) * self.per_row(param, stretch - 1)))
+        return -rates * self._radii, stretch - 1
 
 
 class SpectralSphere(MuonSphere):
@@ -147,10 +151,8 @@ class SpectralSphere(MuonSphere):
 
     def direction(self, update: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Phi, from the update and W's top singular vectors."""
-        update = update.float()
-        norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
-        unit = update / norm.clamp(min=_TINY)
         own = self.settings
-        return tangent_direction(unit, left, right, own.num_ns_steps, own.coefficients, own.solver_steps, own.ns_dtype)[
-            0
-        ]
+        found = tangent_direction(
+            update, left, right, own.num_ns_steps, own.coefficients, own.solver_steps, own.ns_dtype
+        )
+        return found[0]

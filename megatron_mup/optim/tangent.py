@@ -19,8 +19,9 @@ from megatron_mup.optim.newton_schulz import full_fp32_products, orthonormalize
 
 POWERS = 2
 """Powers of ``X_k X_k^T`` that enter the basis, for each iterate."""
-INTERVALS = 8
-"""Intervals that a round of the search divides its bracket into."""
+INTERVALS = 32
+"""Intervals that a round of the search divides its bracket into. What a round costs on a GPU is its number of kernels,
+however many problems they solve at once."""
 
 _TINY = 1e-30
 _SMALLEST_NORM = 1e-7
@@ -36,20 +37,73 @@ def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left[..., :, None] * right[..., None, :]
 
 
+def _halves(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two numbers of half precision whose sum is all but x."""
+    high = x.to(dtype)
+    return high, (x - high.to(x.dtype)).to(dtype)
+
+
+def _padded(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Joined, and filled with zeros up to a multiple of 8, as fast products of half precision want it."""
+    missing = -sum(part.shape[dim] for part in parts) % 8
+    if not missing:
+        return torch.cat(parts, dim)
+    shape = list(parts[0].shape)
+    shape[dim] = missing
+    return torch.cat([*parts, parts[0].new_zeros(shape)], dim)
+
+
+def thin_product(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """A matrix of any precision times a few fp32 columns, as if in fp32, in one pass over the matrix.
+
+    Args:
+        matrix: ``[batch, m, n]``.
+        columns: fp32 ``[batch, n, k]``.
+
+    Returns:
+        fp32 ``[batch, m, k]``.
+    """
+    if not matrix.is_cuda or matrix.dtype is torch.float32:
+        return matrix.float() @ columns
+    k = columns.shape[-1]
+    found = torch.bmm(matrix, _padded([*_halves(columns, matrix.dtype)], -1), out_dtype=torch.float32)
+    return found[..., :k] + found[..., k : 2 * k]
+
+
+def plus_product(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A matrix plus a product of low rank, summed in fp32 and rounded once.
+
+    Args:
+        matrix: ``[batch, m, n]``.
+        left: fp32 ``[batch, m, k]``.
+        right: fp32 ``[batch, k, n]``.
+
+    Returns:
+        ``[batch, m, n]`` in the matrix's precision.
+    """
+    if matrix.dtype is torch.float32:
+        return torch.baddbmm(matrix, left, right)
+    if not matrix.is_cuda:
+        return torch.baddbmm(matrix.float(), left, right).to(matrix.dtype)
+    (a, b), (c, d) = _halves(left, matrix.dtype), _halves(right, matrix.dtype)
+    return torch.baddbmm(matrix, _padded([a, a, b], -1), _padded([c, d, c], -2))
+
+
 class _Directions:
     """Collects ``u, X_k v, X_k X_k^T u, X_k X_k^T X_k v, ...`` while Newton-Schulz runs."""
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
         self._left, self._right = left[..., None], right[..., None]
-        self._columns = [left[..., None]]
+        self._columns = [self._left]
 
-    def __call__(self, iterate: torch.Tensor) -> None:
-        """Takes what an iterate ``[batch, m, n]`` makes of u and v; in its precision, for directions may be rough."""
-        image = iterate @ self._right.to(iterate.dtype)
-        self._columns.append(image)
-        block = torch.cat([self._left.to(iterate.dtype), image], -1)
+    def __call__(self, iterate: torch.Tensor, gram: torch.Tensor) -> None:
+        """Takes what an iterate ``[batch, m, n]`` makes of u and v; in half precision where it is, for directions may
+        be rough."""
+        image = (iterate @ _padded([self._right.to(iterate.dtype)], -1))[..., :1].float()
+        self._columns.append(_unit_columns(image))
+        block = torch.cat([self._left, self._columns[-1]], -1)
         for _ in range(POWERS):
-            block = iterate @ (iterate.mT @ block)
+            block = _unit_columns((gram @ _padded([block.to(gram.dtype)], -1))[..., :2].float())
             self._columns.append(block)
 
     def basis(self) -> torch.Tensor:
@@ -62,13 +116,17 @@ class _Directions:
         batch, rows, count = columns.shape
         if count >= rows:
             return torch.eye(rows, dtype=columns.dtype, device=columns.device).repeat(batch, 1, 1)
-        columns = columns / torch.linalg.vector_norm(columns, dim=-2, keepdim=True).clamp(min=_TINY)
+        columns = _unit_columns(columns)
         ridge = 1e-10 * torch.eye(count, dtype=columns.dtype, device=columns.device)
         for _ in range(2):
             # _ex: without its check, which waits for the device. With the ridge nothing fails but NaNs.
             factor = torch.linalg.cholesky_ex(columns.mT @ columns + ridge).L
             columns = torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
         return columns
+
+
+def _unit_columns(x: torch.Tensor) -> torch.Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=_TINY)
 
 
 @dataclass(frozen=True)
@@ -104,12 +162,16 @@ class _Compressed:
         gram = self.gram[:, None] + half + half.mT
         square = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0) + self.unseen[:, None]
         scale = square.sqrt().clamp(min=_SMALLEST_NORM).reciprocal()[..., None, None]
-        r = gram * scale.square()
-        eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
-        q = scale * eye
-        for a, b, c in self.schedule:
-            p = a * eye + b * r + c * (r @ r)
-            q, r = p @ q, p @ r @ p
+        r = (gram * scale.square()).flatten(0, 1)
+        q: torch.Tensor | None = None
+        for number, (a, b, c) in enumerate(self.schedule):
+            p = torch.baddbmm(r, r, r, beta=b, alpha=c)
+            p.diagonal(dim1=-2, dim2=-1).add_(a)
+            q = p if q is None else p @ q
+            if number + 1 < len(self.schedule):
+                r = p @ r @ p
+        assert q is not None
+        q = q.view(gram.shape) * scale
         return q, (times(q, image) * axis).sum(-1)
 
     def search(
@@ -168,49 +230,60 @@ def tangent_direction(
     Nothing waits for the device. What the search leaves of h is projected out.
 
     Args:
-        momentum: ``[batch, m, n]`` fp32, of Frobenius norm 1 or 0.
-        left, right: unit ``[batch, m]`` and ``[batch, n]``.
+        momentum: ``[batch, m, n]``; M is this divided by its Frobenius norm.
+        left, right: unit ``[batch, m]`` and ``[batch, n]``, fp32.
         steps, coefficients: Newton-Schulz's.
         rounds: of the search; each narrows it by `INTERVALS`.
         dtype: precision of Newton-Schulz on whole matrices. The search is in fp64, what leads there and back in fp32.
 
     Returns:
-        ``[batch, m, n]`` fp32; lambda ``[batch]``; what was projected out ``[batch]``.
+        ``[batch, m, n]`` in ``dtype``; lambda ``[batch]``; what was projected out ``[batch]``.
     """
-    if momentum.shape[-2] > momentum.shape[-1]:
-        phi, at, rest = tangent_direction(momentum.mT.contiguous(), right, left, steps, coefficients, rounds, dtype)
-        return phi.mT, at, rest
+    tall = momentum.shape[-2] > momentum.shape[-1]
+    u, v = (right, left) if tall else (left, right)  # of the matrix as it is seen with its short side first
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x.mT if tall else x
+
+    def plus(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return plus_product(x, b.mT, a.mT) if tall else plus_product(x, a, b)
+
     with full_fp32_products():
-        forward, back = times(momentum, right), times(momentum.mT, left)
-        overlap = (left * forward).sum(-1)
+        norm = torch.linalg.vector_norm(momentum, dim=(-2, -1), dtype=torch.float32).clamp(min=_TINY)
+        forward = thin_product(turned(momentum), v[..., None])[..., 0] / norm[:, None]
+        back = thin_product(turned(momentum).mT, u[..., None])[..., 0] / norm[:, None]
+        overlap = (u * forward).sum(-1)
         reach = sum(
-            torch.linalg.vector_norm(v - overlap[:, None] * axis, dim=-1)
-            for v, axis in ((forward, left), (back, right))
+            torch.linalg.vector_norm(w - overlap[:, None] * axis, dim=-1) for w, axis in ((forward, u), (back, v))
         )
         # msign is not exact: a little room.
         reach = (1.01 * reach + 1e-6).double()
-        start = torch.baddbmm(momentum, left[:, :, None], (overlap[:, None] * right)[:, None, :], alpha=-1)
-        directions = _Directions(left, right)
-        phi = orthonormalize(start, steps, coefficients, dtype, watch=directions).float()
+        start = plus(momentum, u[..., None] * (-overlap * norm)[:, None, None], v[:, None]).to(dtype)
+        directions = _Directions(u, v)
+        phi = orthonormalize(start, steps, coefficients, dtype, watch=directions)
 
         basis = directions.basis()
-        rows = basis.mT.float() @ start
+        rows = thin_product(turned(start).mT, basis.float()).mT / norm[:, None, None]
         exact = rows.double()
         gram = exact @ exact.mT
-        unseen = torch.linalg.vector_norm(start, dim=(-2, -1)).double().square()
+        unseen = (torch.linalg.vector_norm(start, dim=(-2, -1), dtype=torch.float32) / norm).double().square()
         unseen = (unseen - gram.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=0)
         problem = _Compressed(
             gram=gram,
-            image=times(exact, right.double()),
-            axis=times(basis.mT, left.double()),
+            image=times(exact, v.double()),
+            axis=times(basis.mT, u.double()),
             unseen=unseen,
             schedule=coefficient_schedule(coefficients, steps),
         )
         before, h = problem.polynomial(torch.zeros_like(reach)[:, None])
-        offset = (left * times(phi, right)).sum(-1).double() - h[:, 0]
-        after, moved, shift = problem.search(offset, reach, rounds)
-        phi.baddbmm_((basis @ (after - before[:, 0])).float(), rows)
-        phi.baddbmm_(times(basis, moved).float()[:, :, None], right[:, None, :])
-        rest = (left * times(phi, right)).sum(-1)
-        phi.baddbmm_(left[:, :, None], (rest[:, None] * right)[:, None, :], alpha=-1)
-    return phi, shift.float() - overlap, rest
+        found = (u * thin_product(turned(phi), v[..., None])[..., 0]).sum(-1).double()
+        after, moved, shift = problem.search(found - h[:, 0], reach, rounds)
+        change = after - before[:, 0]
+        rest = found + ((times(change, problem.image) + moved) * problem.axis).sum(-1)
+        along = times(basis, moved) - rest[:, None] * u
+        phi = plus(
+            phi,
+            torch.cat([basis @ change, along[..., None]], -1).float(),
+            torch.cat([rows, v[:, None]], -2),
+        )
+    return phi, shift.float() - overlap, rest.float()

@@ -17,13 +17,15 @@ class Cut:
     """Sizes of the axes (`parallel.mesh`) and of what each rank computes with.
 
     Attributes:
-        tp, pp, replicate, shard: ranks along the axes.
+        tp, pp, replicate, shard: ranks along the axes; context-parallel ranks are among the last two.
+        context: ranks that share sequences.
+        experts, expert_replicate, expert_shard: the ranks of a stage laid out anew for experts.
         sequence: ranks that share the positions of the residual stream.
         schedule: of the pipeline.
         stages: layers ``[start, end)`` of each pipeline stage.
         held: numbers of the stages on each pipeline rank.
         micro_batches: of each rank in a step.
-        tokens: of a micro-batch.
+        tokens: of a micro-batch, on each of the ranks that share its sequences.
         compute, main: precision of matrix products, and in which the optimizer keeps weights.
         keeps_gathered: whether gathered parameters stay from forward to backward.
     """
@@ -32,6 +34,10 @@ class Cut:
     pp: int
     replicate: int
     shard: int
+    context: int
+    experts: int
+    expert_replicate: int
+    expert_shard: int
     sequence: int
     schedule: str
     stages: tuple[tuple[int, int], ...]
@@ -47,18 +53,27 @@ class Cut:
         """The cut of a configuration that is valid in a world of so many ranks."""
         parallel, training = config.parallel, config.training
         data, tp = config.data_parallel_size(world_size), parallel.tensor_model_parallel_size
-        replicate = data if parallel.sharding == "no_shard" else parallel.num_distributed_optimizer_instances
+        context, experts = parallel.context_parallel_size, parallel.expert_model_parallel_size
+        ranks = data * context
+        replicate = ranks if parallel.sharding == "no_shard" else parallel.num_distributed_optimizer_instances
+        # As `parallel.mesh` has it: nothing is sharded where nothing else is.
+        holders = ranks * tp // experts
+        copies = holders if ranks == replicate else replicate
         return cls(
             tp=tp,
             pp=parallel.pipeline_model_parallel_size,
             replicate=replicate,
-            shard=data // replicate,
+            shard=ranks // replicate,
+            context=context,
+            experts=experts,
+            expert_replicate=copies,
+            expert_shard=holders // copies,
             sequence=tp if parallel.sequence_parallel else 1,
             schedule=schedule_name(config),
             stages=stage_layers(config),
             held=tuple(stages_of_rank(config, rank) for rank in range(parallel.pipeline_model_parallel_size)),
             micro_batches=config.global_batch_size(world_size) // (data * training.micro_batch_size),
-            tokens=training.micro_batch_size * training.seq_length,
+            tokens=training.micro_batch_size * training.seq_length // context,
             compute=compute_dtype(config),
             main=main_dtype(config),
             keeps_gathered=parallel.sharding != "optim_grads_params",
@@ -66,7 +81,7 @@ class Cut:
 
     @property
     def dp(self) -> int:
-        """Data-parallel ranks."""
+        """Data-parallel ranks, context-parallel ones among them: those that share or copy parameters."""
         return self.replicate * self.shard
 
     @property

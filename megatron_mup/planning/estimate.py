@@ -45,21 +45,8 @@ def complete(config: Config) -> Config:
     """Fills in what a run needs and a plan doesn't, its length and its data, and drops its checkpoints.
 
     Raises:
-        ConfigError: a model or an engine that the planner can't count.
+        ConfigError: an engine that the planner can't count.
     """
-    if config.moe.num_experts is not None:
-        raise ConfigError(
-            told(config, "num_experts"),
-            "the planner counts dense models only",
-            "plan the dense model whose MLP is as wide as a token's experts together",
-        )
-    if config.parallel.context_parallel_size > 1:
-        raise ConfigError(
-            told(config, "context_parallel_size"),
-            "the planner knows no ranks that share sequences",
-            "plan with --context-parallel-size 1 and the part of --seq-length that one rank holds: all but attention's "
-            "time and messages is the same",
-        )
     if config.parallel.distributed_engine != "native":
         raise ConfigError(
             told(config, "distributed_engine"),

@@ -35,6 +35,10 @@ class _Alone(Mesh):
     def matrix_group(self) -> None:  # type: ignore[override]
         return None
 
+    @property
+    def expert_group(self) -> None:  # type: ignore[override]
+        return None
+
     def matrix_places(self) -> list[tuple[int, int, int]]:
         return [(0, 0, 0)]
 
@@ -143,16 +147,19 @@ def _holdings(config: Config, metas: list[ParamMeta]) -> list[Holding]:
         MainParam(meta, Layout.alone(meta), torch.empty(meta.shape, dtype=dtype, device="meta")) for meta in metas
     ]
     # The device decides on the precision of Newton-Schulz alone: tensors are where the parameters are.
-    optimizer = Optimizer(params, config, _Alone(None, torch.device("cuda"), {}))  # type: ignore[arg-type]
+    experts = _Alone if config.moe.num_experts is not None else None
+    optimizer = Optimizer(params, config, _Alone(None, torch.device("cuda"), {}, experts))  # type: ignore[arg-type]
     on_shards, at_home = dict.fromkeys((m.name for m in metas), 0), dict.fromkeys((m.name for m in metas), 0)
     for key, (param, state) in optimizer.state_tensors().items():
-        name = key.partition("/")[2]
-        # What stays at home comes as a parameter of its own.
-        if param.value is state:
+        # Experts' names say which of them.
+        name = key.partition("/")[2].partition("[")[0]
+        # What stays at home comes as a parameter of its own, and so does every state of experts.
+        if param.value is state and not key.startswith("momentum/"):
             at_home[name] += state.nbytes
         else:
             on_shards[name] += state.element_size() * state.numel() // max(1, math.prod(param.value.shape))
-    costs = {a.meta.name: a.cost for a in optimizer.matrix_plan.assignments}
+    plans = [plan for plan in (optimizer.matrix_plan, optimizer.expert_plan) if plan is not None]
+    costs = {a.meta.name.partition("[")[0]: a.cost for plan in plans for a in plan.assignments}
     matrices = {row.name for row in optimizer.routing_table() if row.optimizer in MATRIX_OPTIMIZERS}
     return [
         Holding(m, on_shards[m.name], at_home[m.name], costs.get(m.name, 0.0) if m.name in matrices else None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_mup.config import Config
-from megatron_mup.optim.matrix import BATCH_NUMEL
+from megatron_mup.optim.matrix import BATCH_BYTES
 from megatron_mup.optim.planner import CHUNK_ELEMENTS, Plan, make_plan
 from megatron_mup.parallel.chunks import shard_bounds
 from megatron_mup.parametrization.meta import ParamMeta
+from megatron_mup.parametrization.operations import scales_gradients
 from megatron_mup.planning.activations import (
     Kept,
     embedding_bytes,
@@ -22,6 +24,8 @@ from megatron_mup.planning.cut import Cut
 from megatron_mup.planning.inventory import Holding, Inventory
 
 FP32 = 4
+CUBLAS = 2 * 32 * 2**20
+"""Bytes of the workspaces that PyTorch's allocator gives cuBLAS and cuBLASLt on Hopper."""
 UNITS_AT_ONCE = 2
 """FSDP2 units whose gathered parameters, or gradients on their way, are there together: the one in use and the next."""
 
@@ -50,6 +54,7 @@ class Memory:
         reducing: gradients of the units that are being reduced.
         pipeline: buffers of what comes from other stages.
         update: what the optimizer's step takes.
+        libraries: workspaces of cuBLAS.
     """
 
     weights: float
@@ -65,11 +70,12 @@ class Memory:
     reducing: float
     pipeline: float
     update: float
+    libraries: float = CUBLAS
 
     @property
     def static(self) -> float:
         """What is there between steps."""
-        return self.weights + self.main + self.state + self.pipeline
+        return self.weights + self.main + self.state + self.pipeline + self.libraries
 
     @property
     def moments(self) -> dict[str, float]:
@@ -89,24 +95,22 @@ class Memory:
         return max(self.moments.values())
 
 
-def local_elements(meta: ParamMeta, cut: Cut, place: Place) -> int:
-    """Elements of a rank's shard of a parameter."""
-    rows, *rest = shard_bounds(meta, cut.tp, place[0], cut.shard, place[2])[1]
-    for length in rest:
-        rows *= length
-    return rows
+def local_elements(meta: ParamMeta, cut: Cut, rank: int = 0) -> int:
+    """Elements of a parameter's shard on a rank of a stage; the first has most."""
+    place, cuts, shards = place_of(cut, rank), cut.tp, cut.shard
+    if meta.experts is not None:
+        place, cuts, shards = expert_place_of(cut, rank), cut.experts, cut.expert_shard
+    return math.prod(shard_bounds(meta, cuts, place[0], shards, place[2])[1])
 
 
 def model_parallel_elements(meta: ParamMeta, cut: Cut) -> int:
-    """Elements of the largest tensor-parallel shard of a parameter, before data-parallel ranks cut it."""
-    rows, *rest = shard_bounds(meta, cut.tp, 0, 1, 0)[1]
-    for length in rest:
-        rows *= length
-    return rows
+    """Elements of the largest shard of a parameter before data-parallel ranks cut it."""
+    cuts = cut.tp if meta.experts is None else cut.experts
+    return math.prod(shard_bounds(meta, cuts, 0, 1, 0)[1])
 
 
 def stage_plan(inventory: Inventory, cut: Cut, stage: int) -> Plan:
-    """Where each matrix of a stage is orthonormalized (`optim.planner`)."""
+    """Where each matrix of a stage is orthonormalized (`optim.planner`), those of experts left out."""
     matrices = _matrices(inventory, cut, stage).values()
     return make_plan([meta for meta, _ in matrices], [h.cost or 0.0 for _, h in matrices], cut.tp * cut.dp)
 
@@ -117,10 +121,17 @@ def place_of(cut: Cut, rank: int) -> Place:
     return (tensor, *divmod(rest, cut.shard))
 
 
+def expert_place_of(cut: Cut, rank: int) -> Place:
+    """The same among the ranks of experts: expert ranks are neighbours."""
+    rest, expert = divmod(rank, cut.experts)
+    return (expert, *divmod(rest, cut.expert_shard))
+
+
 def state_bytes(inventory: Inventory, cut: Cut, stage: int, rank: int, plan: Plan) -> float:
     """Bytes of optimizer state on one rank of a stage.
 
-    Momentum of a matrix is in the replica of its home alone, and what the home keeps is on that rank alone.
+    Momentum of a matrix is in the replica of its home alone, and what the home keeps is on that rank alone; homes of
+    experts are taken to share it evenly.
 
     Args:
         inventory: the model.
@@ -133,12 +144,13 @@ def state_bytes(inventory: Inventory, cut: Cut, stage: int, rank: int, plan: Pla
     held = 0.0
     for holding, count in stage_holdings(inventory, cut, stage):
         if holding.cost is None:
-            held += count * holding.on_shards * local_elements(holding.meta, cut, place)
+            held += count * holding.on_shards * local_elements(holding.meta, cut, rank)
+    held += _even_state(inventory, cut, stage, experts=True)
     matrices = _matrices(inventory, cut, stage)
     for assignment in plan.assignments:
         meta, holding = matrices[assignment.meta.name]
         if place_of(cut, assignment.home)[1] == place[1]:
-            held += holding.on_shards * local_elements(meta, cut, place)
+            held += holding.on_shards * local_elements(meta, cut, rank)
         if assignment.home == rank:
             held += holding.at_home
     return held
@@ -152,8 +164,9 @@ def stage_holdings(inventory: Inventory, cut: Cut, stage: int) -> list[tuple[Hol
 
 
 def _matrices(inventory: Inventory, cut: Cut, stage: int) -> dict[str, tuple[ParamMeta, Holding]]:
-    """Matrices of a pipeline rank that are orthonormalized, by name."""
-    return {name: held for part in cut.parts(stage) for name, held in inventory.matrices(*part).items()}
+    """Matrices of a pipeline rank that are orthonormalized, experts left out, by name."""
+    found = {name: held for part in cut.parts(stage) for name, held in inventory.matrices(*part).items()}
+    return {name: held for name, held in found.items() if held[0].experts is None}
 
 
 def fullest_state(inventory: Inventory, cut: Cut, stage: int) -> float:
@@ -161,33 +174,39 @@ def fullest_state(inventory: Inventory, cut: Cut, stage: int) -> float:
 
     By the plan, where that is small; else as if homes shared evenly what they hold, at least one matrix.
     """
-    number = sum(count for holding, count in stage_holdings(inventory, cut, stage) if holding.cost is not None)
-    if number == 0 or number * cut.tp * cut.dp <= SMALL_PLAN:
+    number = len(_matrices(inventory, cut, stage))
+    ranks = cut.tp * cut.dp
+    if number * ranks <= SMALL_PLAN:
         plan = stage_plan(inventory, cut, stage)
         # The first shards are the largest; what homes keep may be anywhere.
-        ranks = range(cut.tp * cut.dp) if number else [0]
-        return max(state_bytes(inventory, cut, stage, rank, plan) for rank in ranks)
-    return _even_state(inventory, cut, stage)
+        return max(state_bytes(inventory, cut, stage, rank, plan) for rank in range(ranks if number else 1))
+    elementwise = sum(
+        count * holding.on_shards * local_elements(holding.meta, cut)
+        for holding, count in stage_holdings(inventory, cut, stage)
+        if holding.cost is None
+    )
+    return elementwise + sum(_even_state(inventory, cut, stage, experts) for experts in (False, True))
 
 
-def _even_state(inventory: Inventory, cut: Cut, stage: int) -> float:
-    ranks, held = cut.tp * cut.dp, 0.0
-    first: Place = (0, 0, 0)
-    whole, largest = 0.0, 0.0
-    momentum, largest_momentum = 0.0, 0.0
+def _even_state(inventory: Inventory, cut: Cut, stage: int, experts: bool) -> float:
+    """State of matrices, experts' or others, where homes share it evenly."""
+    ranks, replicate = cut.tp * cut.dp, cut.replicate
+    if experts:
+        ranks, replicate = cut.expert_replicate * cut.expert_shard, cut.expert_replicate
+    whole, largest, momentum, largest_momentum = 0.0, 0.0, 0.0, 0.0
     for holding, count in stage_holdings(inventory, cut, stage):
-        shards = holding.on_shards * local_elements(holding.meta, cut, first)
-        if holding.cost is None:
-            held += count * shards
+        if holding.cost is None or (holding.meta.experts is not None) != experts:
             continue
+        shards = holding.on_shards * local_elements(holding.meta, cut)
         momentum += count * shards
         largest_momentum = max(largest_momentum, shards)
-        whole += count * holding.at_home
-        largest = max(largest, holding.at_home)
-    if cut.replicate > 1 and momentum:
-        momentum = min(momentum, momentum / cut.replicate + largest_momentum)
-    at_home = whole if ranks == 1 else min(whole, max(largest, whole / ranks))
-    return held + momentum + at_home
+        # Experts have homes among the ranks that hold them, and are as many tensors as they are.
+        at_home = holding.at_home / (cut.experts if experts else 1)
+        whole += count * at_home
+        largest = max(largest, at_home * cut.experts / holding.meta.experts if holding.meta.experts else at_home)
+    if replicate > 1 and momentum:
+        momentum = min(momentum, momentum / replicate + largest_momentum)
+    return momentum + (whole if ranks == 1 else min(whole, max(largest, whole / ranks)))
 
 
 def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, vocab_size: int) -> Memory:
@@ -201,12 +220,15 @@ def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, voc
         vocab_size: number of token ids.
     """
     holdings = stage_holdings(inventory, cut, stage)
-    own = sum(count * local_elements(h.meta, cut, (0, 0, 0)) for h, count in holdings)
+    own = sum(count * local_elements(h.meta, cut) for h, count in holdings)
     whole = sum(count * model_parallel_elements(h.meta, cut) for h, count in holdings)
     outside = sum(c * model_parallel_elements(h.meta, cut) for h, c in holdings if h.meta.layer is None)
     layer = (whole - outside) / max(1, cut.layers(stage))
     compute, main = cut.compute.itemsize, cut.main.itemsize
     copies = cut.dp == 1 and compute != main
+    # Sums, scaling and clipping work in the precision of the copies.
+    scaled = scales_gradients(config) or config.fp8.fp8_format is not None or config.optimizer.clip_grad > 0
+    widened = cut.micro_batches > 1 or scaled
     reduce = 2 if config.parallel.grad_reduce_in_bf16 else FP32
     in_flight = cut.in_flight(stage)
     activations, recomputed = _activations(config, cut, stage)
@@ -215,7 +237,7 @@ def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, voc
         weights=own * (compute if cut.dp == 1 else main),
         main=own * main if copies else 0.0,
         state=fullest_state(inventory, cut, stage),
-        gradients=own * (FP32 if copies else compute if cut.dp == 1 else main),
+        gradients=own * (FP32 if copies and widened else compute if cut.dp == 1 else main),
         unreduced=unreduced,
         accumulated=cut.micro_batches > in_flight,
         activations=activations,
@@ -231,19 +253,20 @@ def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, voc
 def _activations(config: Config, cut: Cut, stage: int) -> tuple[float, float]:
     """Bytes held for backward by all micro-batches in flight, and those that backward of a part of them takes."""
     training = config.training
-    layers, everything = cut.layers(stage), layer_bytes(config, cut, "all")
-    kept: dict[Kept, float] = {kind: layer_bytes(config, cut, kind) for kind in ("all", "products", "input")}
-    work = layer_workspace(config, cut)
+    everything, products = (bytes_by_layer(config, cut, stage, kind) for kind in ("all", "products"))
+    layers, through = len(everything), layer_bytes(config, cut, "input")
+    work = max((layer_workspace(config, cut, kind) for kind in set(_has_experts(config, cut, stage))), default=0.0)
     if training.recompute == "none":
-        held = layers * everything
+        held = sum(everything)
     elif training.recompute == "selective":
-        held, work = layers * kept["products"], work + max(0.0, everything - kept["products"])
+        again = (a - p for a, p in zip(everything, products, strict=True))
+        held, work = sum(products), work + max(0.0, *again)
     elif training.recompute_method == "block":
         chosen = min(layers, training.recompute_num_layers)
-        held, work = chosen * kept["input"] + (layers - chosen) * everything, work + everything
+        held, work = chosen * through + sum(everything[chosen:]), work + max(everything, default=0.0)
     else:
         chunk = min(layers, training.recompute_num_layers)
-        held, work = -(-layers // chunk) * kept["input"], work + chunk * everything
+        held, work = -(-layers // chunk) * through, work + chunk * max(everything, default=0.0)
     stages, first, last = len(cut.held[stage]), cut.has_first(stage), cut.has_last(stage)
     held += stages * token_info_bytes(config, cut)
     if first:
@@ -251,8 +274,20 @@ def _activations(config: Config, cut: Cut, stage: int) -> tuple[float, float]:
     if last:
         held += head_bytes(config, cut)
     # A stage's output the schedule holds until its gradient comes; its input is one of the pipeline's buffers.
-    held += kept["input"] * ((stages - last) - (stages - first))
+    held += through * ((stages - last) - (stages - first))
     return held * cut.in_flight(stage), work
+
+
+def _has_experts(config: Config, cut: Cut, stage: int) -> list[bool]:
+    """Of each layer of a pipeline rank."""
+    every = config.moe.layers(config.model.num_layers)
+    return [every[layer] for part in cut.parts(stage) for layer in range(*part)]
+
+
+def bytes_by_layer(config: Config, cut: Cut, stage: int, kept: Kept) -> list[float]:
+    """`layer_bytes` of each layer of a pipeline rank."""
+    sizes = {kind: layer_bytes(config, cut, kept, kind) for kind in set(_has_experts(config, cut, stage))}
+    return [sizes[kind] for kind in _has_experts(config, cut, stage)]
 
 
 def _gathered(cut: Cut, whole: float, outside: float, layer: float) -> float:
@@ -271,22 +306,21 @@ def _pipeline_buffers(config: Config, cut: Cut, stage: int) -> float:
 
 
 def _update(config: Config, inventory: Inventory, cut: Cut, stage: int) -> float:
-    """What the optimizer's step takes: updates of the chunks in work, whole at home, and Newton-Schulz's operands."""
+    """What the optimizer's step takes: Newton-Schulz's operands, and the buffers in which chunks travel."""
     matrices = [(h.meta, count) for h, count in stage_holdings(inventory, cut, stage) if h.cost is not None]
     if not matrices:
         return 0.0
     ranks, total = cut.tp * cut.dp, sum(meta.numel * count for meta, count in matrices)
     travels = FP32 if config.optimizer.muon_ns_dtype == "fp32" else 2
-    largest, block = max(meta.numel for meta, _ in matrices), max(_largest_block(meta) for meta, _ in matrices)
-    iterates = 4 * travels * max(min(BATCH_NUMEL, total // ranks), block)
+    largest = max(meta.numel // (meta.experts or 1) for meta, _ in matrices)
+    block = max(_largest_block(meta) for meta, _ in matrices)
+    iterates = 5 * max(min(BATCH_BYTES, travels * total // ranks), travels * block)
     if ranks == 1:
-        # One chunk: all updates, in the optimizer's precision and as Newton-Schulz takes them, and all results.
-        return total * (cut.main.itemsize + 2 * travels) + iterates
+        return iterates
     at_home = max(largest, min(total / ranks, CHUNK_ELEMENTS))
-    chunks = 1 if total / ranks < 1.5 * CHUNK_ELEMENTS else 2
-    on_shards = min(total / ranks, 2 * CHUNK_ELEMENTS) * (cut.main.itemsize + travels)
-    # The whole matrices, their results, and these in the order in which they travel.
-    return on_shards + chunks * at_home * 3 * travels + iterates
+    on_shards = min(total / ranks, CHUNK_ELEMENTS)
+    # Two sets of buffers for shards and whole matrices, either way, and a chunk's whole matrices and results in work.
+    return travels * (2 * (2 * on_shards + 2 * at_home) + 2 * at_home) + iterates
 
 
 def _largest_block(meta: ParamMeta) -> int:

@@ -45,10 +45,10 @@ PACKAGES = (
     Package("tiktoken", "tiktoken", False, "no --tokenizer-type TikTokenizer"),
     Package("pyarrow", "pyarrow", False, "tools/preprocess_data.py reads no parquet"),
     Package("zstandard", "zstandard", False, "tools/preprocess_data.py reads no .zst"),
-    Package("transformer-engine", "transformer_engine", False, "no FP8; nothing in this version uses it"),
+    Package("transformer-engine", "transformer_engine", False, "no --transformer-impl transformer_engine"),
     Package("deepspeed", "deepspeed", False, "no --distributed-engine deepspeed"),
     # The registry has another package of this name, without these modules.
-    Package("apex", "apex.optimizers", False, "no fused kernels of NVIDIA's; nothing in this version uses them"),
+    Package("apex", "apex.optimizers", False, "no --adam-impl apex, no --norm-impl apex"),
 )
 
 

@@ -28,6 +28,7 @@ TERMS = {
     "reducing": "gradients being reduced",
     "pipeline": "pipeline buffers",
     "update": "optimizer's workspace",
+    "libraries": "workspaces of cuBLAS",
 }
 SHOWN_STAGES = 8
 
@@ -35,7 +36,9 @@ SHOWN_STAGES = 8
 def layout(estimate: Estimate) -> str:
     """A layout in one line, in flags' order."""
     cut, parallel, training = estimate.cut, estimate.config.parallel, estimate.config.training
-    parts = [f"tp {cut.tp}", f"pp {cut.pp}", f"dp {cut.dp}"]
+    parts = [f"tp {cut.tp}", f"pp {cut.pp}", f"dp {cut.dp // cut.context}"]
+    parts += [f"cp {cut.context}"] if cut.context > 1 else []
+    parts += [f"ep {cut.experts}"] if cut.experts > 1 else []
     if cut.schedule != "1F1B":
         parts.insert(2, f"{cut.schedule} x {len(cut.held[0])} stages")
     if cut.dp > 1:

@@ -19,7 +19,7 @@ RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selectiv
 def suggest(
     config: Config, inventory: Inventory, world_size: int, vocab_size: int, hardware: Hardware, number: int
 ) -> tuple[list[Estimate], int]:
-    """Searches layouts at the configuration's model, optimizer, precision and global batch.
+    """Searches layouts at the configuration's model, optimizer, precision, global batch, context and expert ranks.
 
     Tensor ranks stay in a node. Of layouts that differ in nothing but the micro-batch and recomputation the fastest
     is shown, of equally fast ones that with the largest micro-batch, which is kinder to kernels than the model knows.
@@ -49,15 +49,15 @@ def suggest(
 
 def candidates(config: Config, world_size: int, gpus_per_node: int) -> Iterator[Config]:
     """Configurations that differ in layout, micro-batch and recomputation; not all of them are valid."""
-    batch = config.global_batch_size(world_size)
+    batch, context = config.global_batch_size(world_size), config.parallel.context_parallel_size
     for tp in _powers_of_two(min(gpus_per_node, world_size)):
         if config.model.num_attention_heads % tp or config.model.query_groups % tp:
             continue
         for pp in range(1, min(config.model.num_layers, world_size // tp) + 1):
-            data, rest = divmod(world_size, tp * pp)
-            if rest or batch % data:
+            data, rest = divmod(world_size, tp * pp * context)
+            if rest or not data or batch % data:
                 continue
-            for sharding, instances in _shardings(data, max(1, gpus_per_node // tp)):
+            for sharding, instances in _shardings(data * context, max(1, gpus_per_node // tp)):
                 for micro_batch in MICRO_BATCHES:
                     if batch // data % micro_batch or batch // data // micro_batch < pp:
                         continue

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mup.config import Config
-from megatron_mup.planning.activations import layer_bytes
 from megatron_mup.planning.cut import Cut
 from megatron_mup.planning.hardware import Hardware
 from megatron_mup.planning.inventory import Inventory
-from megatron_mup.planning.memory import local_elements, model_parallel_elements, stage_holdings
-from megatron_mup.training.flops import flops_per_token
+from megatron_mup.planning.memory import bytes_by_layer, local_elements, model_parallel_elements, stage_holdings
+from megatron_mup.training.flops import active_width, flops_per_token
 
 FP32 = 4
+BLOCKING = ("tensor", "context", "experts", "pipeline")
+"""Axes whose messages belong to each micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,29 +72,33 @@ def stage_seconds(config: Config, cut: Cut, stage: int, vocab_size: int, hardwar
     """Seconds of arithmetic that a stage takes for forward and backward of one micro-batch."""
     model = config.model
     layers, last = cut.layers(stage), cut.has_last(stage)
-    products = 3 * 2 * (_layer_weights(config) * layers + last * model.hidden_size * vocab_size)
+    weights = [_layer_weights(config, layer) for part in cut.parts(stage) for layer in range(*part)]
+    products = 3 * 2 * (sum(weights) + last * model.hidden_size * vocab_size)
     # Half of the pairs count. Of products as wide as a query forward takes one, backward three; as a value one and two.
     widths = 4 * model.head_dim + 3 * model.value_dim
     pairs = 2 / 2 * model.num_attention_heads * widths * config.training.seq_length * layers
     if config.training.recompute == "full":
         again = _recomputed_layers(config, layers)
-        products += 2 * _layer_weights(config) * again
+        products += 2 * sum(weights[:again])
         pairs *= 1 + 2 / 7 * again / max(1, layers)
     peak = hardware.peak(cut.compute)
     matmul = products * cut.tokens / cut.tp / (peak * hardware.matmul_share)
     attention = pairs * cut.tokens / cut.tp / (peak * hardware.attention_share)
     # Elementwise work writes what it keeps and reads it again, in both directions.
     passes = (3 if config.training.torch_compile else 6) + (config.training.recompute == "selective")
-    moved = passes * layers * layer_bytes(config, cut, "all")
+    moved = passes * sum(bytes_by_layer(config, cut, stage, "all"))
     if last:
         moved += cut.tokens * vocab_size / cut.tp * (3 * FP32 + 4 * cut.compute.itemsize)
     return matmul + attention + moved / (hardware.memory_rate * hardware.memory_share)
 
 
-def _layer_weights(config: Config) -> float:
-    """Elements of a layer's matrices, whole."""
-    model = config.model
-    return model.attention_weights + model.hidden_size * (3 if model.swiglu else 2) * model.ffn_size
+def _layer_weights(config: Config, layer: int) -> float:
+    """Elements of a layer's matrices, whole; of experts, those that a token passes."""
+    model, moe = config.model, config.moe
+    width = (3 if model.swiglu else 2) * model.ffn_size
+    if moe.layers(model.num_layers)[layer]:
+        width = active_width(model, moe)
+    return model.attention_weights + model.hidden_size * width
 
 
 def _recomputed_layers(config: Config, layers: int) -> int:
@@ -107,13 +112,13 @@ def update_seconds(config: Config, inventory: Inventory, cut: Cut, hardware: Har
     copies = cut.dp == 1 and cut.compute != cut.main
     costliest = 0.0
     for holding, count in stage_holdings(inventory, cut, 0):
-        own = count * local_elements(holding.meta, cut, (0, 0, 0))
+        own = count * local_elements(holding.meta, cut)
         # Weight and state are read and written, the gradient is read, for its norm too; then the copy is written.
         moved += own * (2 * cut.main.itemsize + 2 * holding.on_shards + 2 * (FP32 if copies else cut.main.itemsize))
         moved += own * (cut.main.itemsize + cut.compute.itemsize) if copies else 0
         if holding.cost is not None:
             cost += count * holding.cost
-            costliest = max(costliest, holding.cost)
+            costliest = max(costliest, holding.cost / (holding.meta.experts or 1))
     busiest = max(costliest, cost / (cut.tp * cut.dp))
     precision = torch.float32 if config.optimizer.muon_ns_dtype == "fp32" else torch.bfloat16
     return moved / (hardware.memory_rate * hardware.memory_share) + 2 * busiest / (
@@ -146,7 +151,14 @@ def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, 
     size, layers = cut.compute.itemsize, cut.layers(0)
     stream = cut.tokens * config.model.hidden_size * size
     holdings = stage_holdings(inventory, cut, 0)
-    whole = sum(count * model_parallel_elements(h.meta, cut) for h, count in holdings)
+    # Experts', and all others, with the ranks that share each.
+    shared = [
+        (
+            sum(c * model_parallel_elements(h.meta, cut) for h, c in holdings if (h.meta.experts is not None) == kind),
+            *by,
+        )
+        for kind, by in ((False, (cut.shard, cut.replicate)), (True, (cut.expert_shard, cut.expert_replicate)))
+    ]
     reduce = 2 if config.parallel.grad_reduce_in_bf16 else FP32
     found: dict[str, Axis] = {}
     if cut.tp > 1:
@@ -158,22 +170,26 @@ def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, 
             messages=collectives * cut.micro_batches,
             hidden=0.0,
         )
+    if cut.context > 1:
+        found["context"] = _context_traffic(config, cut, hardware)
+    if cut.experts > 1:
+        found["experts"] = _expert_traffic(config, cut, hardware)
     if cut.shard > 1:
         gathers = 1 if cut.keeps_gathered else 2 * cut.micro_batches
         if cut.pp > 1 and not cut.keeps_gathered:
             gathers = cut.micro_batches + 1
-        share = (cut.shard - 1) / cut.shard
+        others = sum(elements * (shard - 1) / shard for elements, shard, _ in shared)
         # What a step's last backward reduces, and gathers, runs beside arithmetic.
         beside = compute * (cut.micro_batches if gathers > 1 else 1)
         found["data, sharded"] = Axis(
-            sent=whole * share * (gathers * size + reduce),
+            sent=others * (gathers * size + reduce),
             rate=link_rate(hardware, cut.shard, cut.tp),
             messages=(gathers + 1) * (layers + 1),
             hidden=0.8 * beside,
         )
-    if cut.replicate > 1:
+    if max(cut.replicate, cut.expert_replicate) > 1:
         found["data, replicas"] = Axis(
-            sent=2 * whole / cut.shard * (cut.replicate - 1) / cut.replicate * reduce,
+            sent=2 * sum(elements / shard * (copies - 1) / copies for elements, shard, copies in shared) * reduce,
             rate=link_rate(hardware, cut.replicate, cut.tp * cut.shard),
             messages=layers + 1,
             hidden=0.8 * compute * 2 / 3,
@@ -194,6 +210,39 @@ def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, 
     return found
 
 
+def _context_traffic(config: Config, cut: Cut, hardware: Hardware) -> Axis:
+    """Keys and values of the others, and their gradients on the way home."""
+    model, training, size = config.model, config.training, cut.compute.itemsize
+    keys = model.num_attention_heads if model.multi_latent_attention else model.query_groups
+    pair = cut.tokens * keys // cut.tp * (model.head_dim + model.value_dim)
+    forwards, layers = 1 + (training.recompute == "full"), cut.layers(0)
+    if config.parallel.cp_comm_type == "all_gather":
+        # Gathered; and what comes back is a reduce-scatter of as much.
+        sent, messages, hidden = pair * size * (cut.context - 1) * (forwards + 1), forwards + 1, 0.0
+    else:
+        # Backward they go around once more, and then gradients in fp32, once more than that to be home.
+        sent = pair * (size * (cut.context - 1) * (forwards + 1) + FP32 * cut.context)
+        messages = (cut.context - 1) * (forwards + 1) + cut.context
+        pairs = model.num_attention_heads * (4 * model.head_dim + 3 * model.value_dim) * training.seq_length
+        peak = hardware.peak(cut.compute) * hardware.attention_share
+        # A rank's own part runs beside the first message, and nothing beside the last.
+        beside = (cut.context - 1) / cut.context
+        hidden = beside * pairs * cut.tokens / cut.tp / peak * layers * cut.micro_batches
+    passes = layers * cut.micro_batches
+    # Context ranks are neighbours but for tensor ranks.
+    rate = link_rate(hardware, cut.context, cut.tp)
+    return Axis(sent=sent * passes, rate=rate, messages=messages * passes, hidden=hidden)
+
+
+def _expert_traffic(config: Config, cut: Cut, hardware: Hardware) -> Axis:
+    """Tokens to their experts and back, in both directions, if all experts are as full."""
+    rows = cut.tokens // cut.sequence * config.moe.moe_router_topk
+    layers = sum(config.moe.layers(config.model.num_layers)[layer] for part in cut.parts(0) for layer in range(*part))
+    passes = layers * cut.micro_batches * (4 + 2 * (config.training.recompute == "full"))
+    sent = rows * config.model.hidden_size * cut.compute.itemsize * (cut.experts - 1) / cut.experts
+    return Axis(sent=sent * passes, rate=link_rate(hardware, cut.experts, 1), messages=passes, hidden=0.0)
+
+
 def _orthonormalized(inventory: Inventory, cut: Cut) -> float:
     return float(sum(h.meta.numel * count for h, count in stage_holdings(inventory, cut, 0) if h.cost is not None))
 
@@ -212,9 +261,9 @@ def estimate_speed(config: Config, inventory: Inventory, cut: Cut, vocab_size: i
     compute = max(stage_seconds(config, cut, stage, vocab_size, hardware) for stage in _different(cut))
     axes = traffic(config, inventory, cut, hardware, compute)
     update = update_seconds(config, inventory, cut, hardware)
-    blocking = sum(axes[name].exposed(hardware.latency) for name in ("tensor", "pipeline") if name in axes)
+    blocking = sum(axes[name].exposed(hardware.latency) for name in BLOCKING if name in axes)
     micro_batch = compute + blocking / cut.micro_batches
-    rest = sum(axis.exposed(hardware.latency) for name, axis in axes.items() if name not in ("tensor", "pipeline"))
+    rest = sum(axis.exposed(hardware.latency) for name, axis in axes.items() if name not in BLOCKING)
     step = (cut.micro_batches + cut.idle) * micro_batch + update + rest
     tokens = cut.tokens * cut.micro_batches * cut.dp / cut.world / step
     counted = flops_per_token(config.model, config.training.seq_length, vocab_size, "half", config.moe)

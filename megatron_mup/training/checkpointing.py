@@ -55,7 +55,10 @@ class Checkpointer:
         self._table = table_rows(parameter_metas(config, vocab_size), config)
         self._saved: Progress | None = None
         self._tell: Callable[[str], None] = log.info
-        self._background = BackgroundSaver() if config.checkpoint.save and config.checkpoint.async_save else None
+        self._background: BackgroundSaver | None = None
+        if config.checkpoint.save and config.checkpoint.async_save:
+            self._background = BackgroundSaver()
+            step.before_update = self._background.before_update
         if config.checkpoint.save:
             clean(config.checkpoint.save)
 
@@ -126,7 +129,15 @@ class Checkpointer:
         flags = self.config.checkpoint
         path = find(flags.load, flags.ckpt_step) if flags.load else None
         if (own := self._newer_local(path)) is not None:
-            return self._load(own, ranks=ALONE)
+            progress = self._load(own, ranks=ALONE)
+        else:
+            progress = self._start_elsewhere(path)
+        if self._background is not None:
+            self._background.prepare(self._pieces(with_optimizer=not flags.no_save_optim))
+        return progress
+
+    def _start_elsewhere(self, path: Path | None) -> Progress:
+        """Starts from the checkpoint found, a newer one for the time being, or without one."""
         progress = self._start(self._newer_global(path))
         if (folder := self._local_folder) is not None:
             # They are older than where the run stands, or of a future that it has left.

@@ -22,6 +22,7 @@ from megatron_mup.parametrization.horizon import adam_betas
 from megatron_mup.parametrization.table import scaling
 from megatron_mup.training.balancing import Balancing
 from megatron_mup.training.forward_backward import Batch, ForwardBackward
+from megatron_mup.training.precision import TransformerEngineStep
 from megatron_mup.training.step import Gate, PhaseTimer, StepResult, TrainStep, always, untimed
 from megatron_mup.training.zero_shards import ZeroShards
 
@@ -66,6 +67,7 @@ class DeepSpeedStep(TrainStep):
         self.optimizer = ZeroAdamW(engine, adamw, self.main)
         self.forward_backward = ForwardBackward(engine, config, mesh)
         self.balancing = Balancing(model, config, mesh)
+        self.transformer_engine = TransformerEngineStep(model, config, mesh)
 
     def initialise(self) -> None:
         """Gives parameters their initial values. Collective."""
@@ -82,6 +84,7 @@ class DeepSpeedStep(TrainStep):
         with timer("gradients"):
             loss = self._mean_loss(sums, tokens)
         with timer("optimizer"):
+            self.before_update()
             norm = self.optimizer.step(factor, lambda norm: gate(loss, norm))
         return StepResult(loss, norm, requests)
 

@@ -88,7 +88,7 @@ class Diagnostics:
         """
         pairs = _Pairs(self.mesh.device)
         self._activations(batch, pairs)
-        if self.config.fp8.fp8_format is not None:
+        if self.config.fp8.fp8_format is not None and self.config.fp8.fp8_recipe == "static":
             self._fp8(batch, pairs)
         before = [main.value.clone() for main in self._params]
         with torch.enable_grad():

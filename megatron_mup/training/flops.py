@@ -41,7 +41,7 @@ def flops_per_token(
     dense = mlp_matrices * model.ffn_size
     # Rows and columns of hidden size, layer by layer: of the MLP, or of router and experts.
     widths = [
-        _active_width(model, moe) if has_experts else dense
+        active_width(model, moe) if has_experts else dense
         for has_experts in (moe or MoEConfig()).layers(model.num_layers)
     ]
     matrices = model.hidden_size * (sum(widths) + vocab_size) + model.num_layers * model.attention_weights
@@ -49,7 +49,7 @@ def flops_per_token(
     return float(6 * matrices + per_pair * model.num_layers * attention_width * seq_length)
 
 
-def _active_width(model: ModelConfig, moe: MoEConfig | None) -> int:
+def active_width(model: ModelConfig, moe: MoEConfig | None) -> int:
     """Parameters over hidden size that a token passes in an MoE layer: router, chosen experts and shared ones."""
     assert moe is not None
     assert moe.num_experts is not None

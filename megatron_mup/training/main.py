@@ -11,14 +11,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_mup.config import Config, ConfigError, check_paths, parse_config, resolved, to_yaml, validate
+from megatron_mup.layers.attention import kernel_of_auto
 from megatron_mup.models.gpt import parameter_metas
+from megatron_mup.parallel.data_parallel import compute_dtype
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.report import format_table, table_rows
 from megatron_mup.training.deepspeed_engine import check_deepspeed
 from megatron_mup.training.guard import BrokenRunError
 from megatron_mup.training.launch import Launch, init_process_group
 from megatron_mup.training.memory import is_out_of_memory, out_of_memory
-from megatron_mup.training.precision import settle_fp8
+from megatron_mup.training.precision import check_libraries, check_schedule, settle_fp8
 from megatron_mup.training.sinks import check_sinks
 from megatron_mup.training.trainer import Trainer, vocabulary_size
 
@@ -76,6 +78,8 @@ def _configure(argv: Sequence[str], launch: Launch) -> tuple[Config, bool]:
     check_paths(parsed.config)
     check_sinks(parsed.config)
     check_deepspeed(parsed.config)
+    check_libraries(parsed.config)
+    check_schedule(parsed.config)
     config = replace(parsed.config, model=replace(parsed.config.model, vocab_size=vocabulary_size(parsed.config)))
     validate(config, launch.world_size)
     table_rows(parameter_metas(config, config.model.vocab_size or 1), config)  # what has no rule is refused here
@@ -106,6 +110,8 @@ def _run(config: Config, device: torch.device, launch: Launch) -> int:
     trainer = Trainer(config, vocab_size, Mesh.build(config, device))
     if launch.rank == 0:
         print(scaling_tables(config, vocab_size))
+        if (kernel := kernel_of_auto(config, device, compute_dtype(config))) is not None:
+            print(f"attention runs on {kernel}")
         if config.optimizer.print_optimizer_plan:
             print(trainer.step.optimizer.plan())
     with trainer:

@@ -1,24 +1,34 @@
-"""Whether this machine multiplies in FP8, and what a run does where it doesn't."""
+"""Whether this machine multiplies as a run asks, what the run does where it doesn't, and FP8 over a step."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 
 from megatron_mup.config import Config, ConfigError
+from megatron_mup.config.fields import told
+from megatron_mup.config.schedules import schedule_name, schedule_of
+from megatron_mup.kernels import libraries, te
 from megatron_mup.kernels.fp8 import device_has_fp8
+from megatron_mup.layers.te import products
+from megatron_mup.models.chunks import Model
+from megatron_mup.parallel.data_parallel import uses_fsdp
+from megatron_mup.parallel.mesh import Mesh
 
 
 def settle_fp8(config: Config) -> tuple[Config, list[str]]:
     """The configuration that this machine can run, and warnings if that isn't what was asked for.
 
     Raises:
-        ConfigError: FP8 was asked for, the device hasn't got it, and ``--fp8-fallback`` says to stop.
+        ConfigError: FP8 or Transformer Engine was asked for, the machine hasn't got it, and ``--fp8-fallback`` says to
+            stop.
     """
+    if config.training.transformer_impl == "transformer_engine":
+        return _settle_transformer_engine(config)
     fp8 = config.fp8
-    on_gpu = torch.cuda.is_available() and config.parallel.distributed_backend != "gloo"
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", 0) if _on_gpu(config) else torch.device("cpu")
     if fp8.fp8_format is None or device_has_fp8(device):
         return config, []
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
@@ -31,3 +41,101 @@ def settle_fp8(config: Config) -> tuple[Config, list[str]]:
     if fp8.fp8_fallback == "emulate":
         return config, [f"{what} has no FP8: its rounding is emulated, which is slower than no FP8"]
     return replace(config, fp8=replace(fp8, fp8_format=None)), [f"{what} has no FP8: the run goes on without it"]
+
+
+def _settle_transformer_engine(config: Config) -> tuple[Config, list[str]]:
+    in_fp8 = config.fp8.fp8_format is not None
+    why = "the run is on CPUs" if not _on_gpu(config) else te.obstacle(config.fp8.fp8_recipe if in_fp8 else None)
+    if why is None:
+        return config, []
+    if config.fp8.fp8_fallback == "stop":
+        raise ConfigError(
+            told(config, "transformer_impl", *(["fp8_recipe"] if in_fp8 else [])),
+            f"Transformer Engine can't be used: {why}",
+            "install it (docs/performance.md), use --transformer-impl local, or go on in bf16 with PyTorch's products "
+            "(--fp8-fallback bf16)",
+        )
+    plain = replace(
+        config,
+        training=replace(config.training, transformer_impl="local"),
+        fp8=replace(config.fp8, fp8_format=None),
+    )
+    lost = "without it, and WITHOUT FP8, in bf16" if in_fp8 else "without it"
+    return plain, [f"Transformer Engine can't be used: {why}. The run goes on {lost}"]
+
+
+def check_libraries(config: Config) -> None:
+    """Refuses kernels of libraries that this machine can't run.
+
+    Raises:
+        ConfigError: ``--adam-impl`` or ``--norm-impl`` without the library, or on CPUs.
+    """
+    for name, library in (("adam_impl", config.optimizer.adam_impl), ("norm_impl", config.training.norm_impl)):
+        if library == "native":
+            continue
+        why = libraries.obstacle(library) if _on_gpu(config) else "the run is on CPUs"
+        if why is not None:
+            raise ConfigError(told(config, name), why, "install the library (docs/performance.md), or drop the flag")
+
+
+def check_schedule(config: Config) -> None:
+    """Refuses what a pipeline schedule was seen to fail at on GPUs.
+
+    Raises:
+        ConfigError: experts and a backward pass in halves, on GPUs.
+    """
+    split = config.parallel.pipeline_model_parallel_size > 1 and schedule_of(config).splits_backward
+    if split and config.moe.num_experts is not None and _on_gpu(config):
+        raise ConfigError(
+            f"--pipeline-schedule {schedule_name(config)}, {told(config, 'num_experts')}",
+            "on GPUs the half of backward that takes the gradients of experts' weights fails, for a reason not found",
+            "use --pipeline-schedule Interleaved1F1B",
+        )
+
+
+def _on_gpu(config: Config) -> bool:
+    return torch.cuda.is_available() and config.parallel.distributed_backend != "gloo"
+
+
+class TransformerEngineStep:
+    """What Transformer Engine's products have to know of a step; nothing in a run without.
+
+    Args:
+        model: this rank's stages.
+        config: the run's configuration, settled.
+        mesh: the run's mesh.
+
+    Attributes:
+        cold: whether recipe ``delayed`` has seen no value yet: scales of a run, or of a resumed one, are found in a
+            first pass over its first batch, and never saved.
+    """
+
+    def __init__(self, model: Model, config: Config, mesh: Mesh) -> None:
+        fp8, self._group = config.fp8, mesh.matrix_group
+        self._products = [product for part in model.parts for product in products(part)]
+        self._recipe = None
+        if self._products and fp8.fp8_format is not None:
+            te.forget()
+            self._recipe = te.recipe_of(
+                fp8.fp8_recipe, fp8.fp8_format, fp8.fp8_margin, fp8.fp8_amax_history_len, fp8.fp8_amax_compute_algo
+            )
+        self.cold = self._recipe is not None and fp8.fp8_recipe == "delayed"
+        sharded = uses_fsdp(config, mesh) and config.parallel.sharding != "no_shard"
+        resharded = sharded and config.parallel.sharding == "optim_grads_params"
+        for product in self._products:
+            product.resharded = resharded
+        self._keeps, self._recomputes = not sharded, config.training.recompute == "full"
+
+    def around(self, micro_batches: int, train: bool = True) -> AbstractContextManager[None]:
+        """Context of all passes of a step, or of an evaluation. Collective over a stage's ranks.
+
+        Args:
+            micro_batches: of this rank.
+            train: whether weights are trained on what is inside.
+        """
+        if self._recipe is None:
+            return nullcontext()
+        used_again = micro_batches > 1 or self._recomputes
+        for product in self._products:
+            product.first = True if self._keeps and used_again else None
+        return te.one_step(self._recipe, self._group, train)

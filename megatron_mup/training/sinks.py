@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from megatron_mup.config import Config, ConfigError, to_yaml
@@ -17,6 +19,11 @@ Scalars = Mapping[str, float]
 
 RUN = "run"
 """Name under which a record says what `about_run` gives."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of a full disk, a spent quota, a file as long as it may be."""
+_MOST_WAITING = 1 << 25
+"""Bytes of lines that wait for room on a disk; later ones are dropped."""
 
 
 class Sink(Protocol):
@@ -57,13 +64,67 @@ def open_sinks(config: Config, start_iteration: int, about: Mapping[str, Any]) -
     # First, for it may fail.
     if logging.prometheus_port is not None:
         sinks.append(Prometheus(logging.prometheus_port, about))
-    if logging.tensorboard_dir is not None:
-        sinks.append(TensorBoard(logging.tensorboard_dir, start_iteration, about))
+    folder, file = logging.tensorboard_dir, logging.metrics_file
+    if folder is not None:
+        sinks.append(Dispensable(f"--tensorboard-dir {folder}", lambda: TensorBoard(folder, start_iteration, about)))
     if logging.wandb_project is not None:
-        sinks.append(Wandb(config, about))
-    if logging.metrics_file is not None:
-        sinks.append(JsonLines(logging.metrics_file, start_iteration, about))
+        where = f"--wandb-save-dir {logging.wandb_save_dir or '(working directory)'}"
+        sinks.append(Dispensable(where, lambda: Wandb(config, about)))
+    if file is not None:
+        sinks.append(JsonLines(file, start_iteration, about))
     return sinks
+
+
+def _unusable(where: str, error: OSError) -> ConfigError:
+    return ConfigError(where, f"can't be written: {error.strerror or error}", "give a place where you may write")
+
+
+class Dispensable:
+    """A sink of a library that a run can do without: if it fails, on a full disk say, that is told once, and training
+    goes on. What was recorded stays.
+
+    Args:
+        where: flag and value, for the message.
+        make: opens the sink.
+
+    Raises:
+        ConfigError: it can't be opened, for another reason than a full disk.
+    """
+
+    def __init__(self, where: str, make: Callable[[], Sink]) -> None:
+        self._where = where
+        self._sink: Sink | None = None
+        try:
+            self._sink = make()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise _unusable(where, error) from error
+            self._give_up(error)
+
+    def write(self, iteration: int, scalars: Scalars) -> None:
+        """Passes on."""
+        self._try(lambda sink: sink.write(iteration, scalars))
+
+    def flush(self) -> None:
+        """Passes on."""
+        self._try(lambda sink: sink.flush())
+
+    def close(self) -> None:
+        """Passes on."""
+        self._try(lambda sink: sink.close())
+
+    def _try(self, call: Callable[[Sink], None]) -> None:
+        if self._sink is None:
+            return
+        try:
+            call(self._sink)
+        except Exception as error:  # libraries write in threads and processes of their own, which fail in many ways
+            self._sink = None
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or error
+        print(f"warning: {self._where}: {reason}; nothing more is recorded there", file=sys.stderr, flush=True)
 
 
 class TensorBoard:
@@ -145,35 +206,55 @@ class JsonLines:
     history of one run: lines of iterations beyond ``start_iteration``, which the run that goes on is about to repeat,
     and a torn last line are cut off. A run that starts at iteration 0 moves an older file aside, to the first free one
     of ``<file>.1``, ``<file>.2``, …
+
+    Lines that can't be written, because the disk is full say, wait in memory until they can, which is told once.
     """
 
     def __init__(self, path: str, start_iteration: int, about: Mapping[str, Any]) -> None:
         """Opens the file for appending and writes the line of this start.
 
         Raises:
-            ConfigError: a file to go on with that holds something else.
+            ConfigError: a file to go on with that holds something else, or a place where nobody may write.
         """
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        if os.path.isfile(path) and os.path.getsize(path):
-            if start_iteration == 0:
-                _move_aside(path)
-            else:
-                os.truncate(path, _history_length(path, start_iteration))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._file.write(json.dumps({"iteration": start_iteration, RUN: about}) + "\n")
-        self._file.flush()
+        self._where, self._waiting, self._told = f"--metrics-file {path}", b"", False
+        try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            if os.path.isfile(path) and os.path.getsize(path):
+                if start_iteration == 0:
+                    _move_aside(path)
+                else:
+                    os.truncate(path, _history_length(path, start_iteration))
+            # Without a buffer, which would be half written when a disk is full.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise _unusable(self._where, error) from error
+        self._append({"iteration": start_iteration, RUN: about})
+        self.flush()
 
     def write(self, iteration: int, scalars: Scalars) -> None:
         """Appends one line."""
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        self._append({"iteration": iteration, **finite})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if len(self._waiting) < _MOST_WAITING:
+            self._waiting += json.dumps(record).encode() + b"\n"
 
     def flush(self) -> None:
         """Hands waiting lines to the operating system."""
-        self._file.flush()
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                self._waiting = self._waiting[written:]
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                reason = f"{error.strerror}; lines wait in memory until there is room"
+                print(f"warning: {self._where}: {reason}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Writes what can be written and closes the file."""
+        self.flush()
         self._file.close()
 
 

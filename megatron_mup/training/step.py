@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,14 +20,8 @@ from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.operations import scales_gradients
 from megatron_mup.training.balancing import Balancing
 from megatron_mup.training.forward_backward import Batch, ForwardBackward
-
-
-class PhaseTimer(Protocol):
-    """Measures the phases of a step, e.g. `training.metrics.StepTimer`."""
-
-    def __call__(self, phase: str) -> AbstractContextManager[None]:
-        """Context in which the phase runs."""
-
+from megatron_mup.training.graphed import Found, GraphedGradients, PhaseTimer, untimed
+from megatron_mup.training.precision import TransformerEngineStep
 
 Gate = Callable[[torch.Tensor, torch.Tensor], bool]
 """Whether the optimizer takes a step, given its loss and gradient norm; the same on all ranks."""
@@ -40,9 +32,8 @@ def always(_loss: torch.Tensor, _grad_norm: torch.Tensor) -> bool:
     return True
 
 
-def untimed(_phase: str) -> AbstractContextManager[None]:
-    """Measures nothing."""
-    return nullcontext()
+def at_once() -> None:
+    """Weights and state may change at once: nobody is reading them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,12 @@ class TrainStep:
         model: this rank's stages, without values.
         config: validated configuration.
         mesh: the run's mesh.
+
+    Attributes:
+        before_update: called in every step before anything changes that a checkpoint keeps.
     """
+
+    before_update: Callable[[], None] = staticmethod(at_once)
 
     def __init__(self, model: Model, config: Config, mesh: Mesh) -> None:
         self.model, self.config, self.mesh = model, config, mesh
@@ -77,13 +73,18 @@ class TrainStep:
         self.optimizer = Optimizer(self.main.params, config, mesh)
         self.forward_backward = ForwardBackward(model, config, mesh, self.main.accumulate)
         self.balancing = Balancing(model, config, mesh)
+        self.transformer_engine = TransformerEngineStep(model, config, mesh)
         self.unit_scaled = scales_gradients(config)
-        # FP8 needs gradients of a size that doesn't depend on the number of tokens, until they are summed.
-        self.sums_tokens = self.unit_scaled or config.fp8.fp8_format is not None
+        # FP8 with scales that are older than the values needs gradients of a size that doesn't depend on the number of
+        # tokens, until they are summed.
+        self.sums_tokens = self.unit_scaled or config.fp8.steady_gradients
         self.largest_norm = config.optimizer.clip_grad
         if self.unit_scaled:
             # Gradients there have a root mean square of about 1, so that is what the limit is for.
             self.largest_norm *= math.sqrt(sum(meta.numel for meta in parameter_metas(config, model.vocab_size)))
+        self._gradients: Callable[[Batch, int, PhaseTimer], Found] = self._find_gradients
+        if config.training.cuda_graph_impl == "local" and mesh.device.type == "cuda":
+            self._gradients = GraphedGradients(self._find_gradients, self.main.params)
 
     def initialise(self) -> None:
         """Gives parameters their initial values. Collective."""
@@ -103,40 +104,63 @@ class TrainStep:
             timer: measures the phases.
             gate: a step that it refuses leaves weights and state as they were, to the bit.
         """
+        found = self._gradients(batch, request, timer)
+        taken = gate(found.loss, found.grad_norm)
+        with timer("optimizer"):
+            self.before_update()
+            if taken:
+                clip_(self.main.params, found.grad_norm, self.largest_norm)
+                self.optimizer.step(factor)
+                self.main.publish()
+            self.main.zero_grad()
+            routing = self.balancing.finish(taken)
+        return StepResult(found.loss, found.grad_norm, found.requests, routing)
+
+    def _find_gradients(self, batch: Batch, request: int, timer: PhaseTimer) -> Found:
+        """The part of a step before the update: every `MainParam` has its final gradient then."""
         with timer("forward-backward"):
             tokens, requests = self._agree(batch, request)
-            self.balancing.begin(len(batch["tokens"]) // self.config.training.micro_batch_size * self.mesh.dp_size)
-            sums = self.forward_backward(batch, torch.ones_like(tokens) if self.sums_tokens else tokens)
+            micro_batches = len(batch["tokens"]) // self.config.training.micro_batch_size
+            self.balancing.begin(micro_batches * self.mesh.dp_size)
+            divisor = torch.ones_like(tokens) if self.sums_tokens else tokens
+            if self.transformer_engine.cold:
+                self._warm_up(batch, divisor, micro_batches)
+            with self.transformer_engine.around(micro_batches):
+                sums = self.forward_backward(batch, divisor)
         with timer("gradients"):
             self.main.collect_grads()
             if self.sums_tokens:
                 self.main.scale_grads(tokens.rsqrt() if self.unit_scaled else tokens.reciprocal())
             norm = global_grad_norm(self.main.params, self.mesh)
             loss = self._mean_loss(sums, tokens)
-        taken = gate(loss, norm)
-        with timer("optimizer"):
-            if taken:
-                clip_(self.main.params, norm, self.largest_norm)
-                self.optimizer.step(factor)
-                self.main.publish()
-            self.main.zero_grad()
-            routing = self.balancing.finish(taken)
-        return StepResult(loss, norm, requests, routing)
+        return Found(loss, norm, requests)
+
+    def _warm_up(self, batch: Batch, divisor: torch.Tensor, micro_batches: int) -> None:
+        """Lets FP8's scales see a step's values, and forgets all else that the passes did."""
+        with self.transformer_engine.around(micro_batches):
+            self.forward_backward(batch, divisor)
+        self.main.zero_grad()
+        for router in self.model.routers().values():
+            router.tally.zero_()
+        self.transformer_engine.cold = False
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """Sum of the loss and number of valid tokens ``[2]`` of a global batch, equal on all ranks, on the device."""
         tokens, _ = self._agree(batch, 0)
-        sums = self.forward_backward(batch, tokens, train=False)
+        with self.transformer_engine.around(len(batch["tokens"]) // self.config.training.micro_batch_size, train=False):
+            sums = self.forward_backward(batch, tokens, train=False)
         dist.all_reduce(sums, group=self.mesh.loss_group)
         return torch.stack([sums[1], tokens.float()])
 
     def _agree(self, batch: Batch, request: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Valid tokens of the global batch (0-d fp32, at least one) and the sum of requests, in one collective."""
         counts = torch.stack([(batch["labels"] != IGNORE).sum(), torch.full_like(batch["labels"][0, 0], request)])
-        dist.all_reduce(counts)
+        if self.mesh.world.size() > 1:
+            dist.all_reduce(counts)
         tokens = counts[0] // self.config.parallel.model_parallel_size
         return tokens.clamp(min=1).float(), counts[1]
 
     def _mean_loss(self, sums: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(sums, group=self.mesh.loss_group)
+        if self.mesh.world.size() > 1:
+            dist.all_reduce(sums, group=self.mesh.loss_group)
         return sums[1] / tokens

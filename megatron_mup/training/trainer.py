@@ -23,6 +23,7 @@ from megatron_mup.training.forward_backward import Batch
 from megatron_mup.training.guard import BrokenRunError, Guard
 from megatron_mup.training.launch import shorten_timeouts
 from megatron_mup.training.metrics import Metrics
+from megatron_mup.training.profiling import StepTrace, collect_garbage, garbage_collection
 from megatron_mup.training.replicas import check_replicas
 from megatron_mup.training.signals import EXIT_FINISHED, EXIT_STOPPED, StopRequest
 from megatron_mup.training.step import TrainStep
@@ -88,9 +89,10 @@ class Trainer:
         metas = parameter_metas(config, vocab_size)
         self.peak_rates = {p.optimizer.optimizer: peak_learning_rates(metas, p) for p in config.phases().values()}
         self.guard, self.rollbacks = Guard(config), 0
-        self.watchdog = Watchdog(config.guard.watchdog_minutes, mesh.world.get_rank(), lambda: self.progress.iteration)
+        self.watchdog = Watchdog(config.guard.watchdog_minutes, mesh.world.get_rank(), lambda: self.under_way)
         self.checkpointer = Checkpointer(config, vocab_size, mesh, self.step, self.guard)
         self.progress = self.checkpointer.resume_or_initialise()
+        self.under_way = self.progress.iteration + 1
 
     def train(self) -> int:
         """Runs to the end, or until something asks to stop; returns the process's exit code."""
@@ -98,11 +100,16 @@ class Trainer:
         exit_code, evaluated = EXIT_FINISHED, False
         metrics = Metrics(config, self.mesh, self.vocab_size, self.progress.iteration, self.length.iterations)
         stop = StopRequest(training.exit_duration_in_mins, self.mesh.device)
-        with metrics, stop, self.watchdog:
+        trace = StepTrace(config, self.mesh.world.get_rank())
+        with metrics, stop, self.watchdog, trace, garbage_collection(config):
             self.checkpointer.tell(metrics.message)
             first = self.progress.iteration + 1
             while self.progress.iteration < self.length.iterations:
+                trace.begin(self.progress.iteration + 1)
                 self._one_iteration(metrics, stop)
+                if (file := trace.end(self.progress.iteration)) is not None:
+                    metrics.message(f"trace of steps up to {self.progress.iteration}: {file}")
+                collect_garbage(config, self.progress.iteration)
                 if self.progress.iteration == first:
                     shorten_timeouts(config)
                 if self.guard.exhausted:
@@ -159,10 +166,14 @@ class Trainer:
 
     def _one_iteration(self, metrics: Metrics, stop: StopRequest) -> None:
         progress = self.progress
+        self.under_way = progress.iteration + 1
         size = self.ramp.global_batch_size(progress.consumed_samples)
         by_samples = self.config.training.train_samples is not None
         factor = self.schedule.factor(progress.consumed_samples if by_samples else progress.iteration)
         phase = self.config.at_iteration(progress.iteration)
+        if progress.iteration == self.config.optimizer.optimizer_switch_at:
+            # What the first optimizer kept is freed, but not while it is being saved.
+            self.checkpointer.finish()
         if self.step.optimizer.advance(progress.iteration):
             metrics.message(f"from iteration {progress.iteration} on the optimizer is {phase.optimizer.optimizer}")
             if phase.optimizer.print_optimizer_plan:
@@ -178,18 +189,21 @@ class Trainer:
             result = take()
         stop.submit(result.request)
         self.progress = Progress(progress.iteration + 1, progress.consumed_samples + size)
-        metrics.record(
-            iteration=self.progress.iteration,
-            consumed_samples=self.progress.consumed_samples,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            learning_rates={name: peak * factor for name, peak in self.peak_rates[phase.optimizer.optimizer].items()},
-            batch_size=size,
-            tokens=size * self.config.training.seq_length,
-            left_out=self.guard.reason is not None,
-            diagnostics=diagnostics,
-            routing=result.routing,
-        )
+        with self.watchdog.phase("waiting for the device"):  # at the end of a log interval
+            metrics.record(
+                iteration=self.progress.iteration,
+                consumed_samples=self.progress.consumed_samples,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rates={
+                    name: peak * factor for name, peak in self.peak_rates[phase.optimizer.optimizer].items()
+                },
+                batch_size=size,
+                tokens=size * self.config.training.seq_length,
+                left_out=self.guard.reason is not None,
+                diagnostics=diagnostics,
+                routing=result.routing,
+            )
         if self.guard.reason is not None:
             metrics.message(f"iteration {self.progress.iteration} left out: {self.guard.reason}")
 

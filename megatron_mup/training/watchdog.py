@@ -33,7 +33,7 @@ class Watchdog:
     Args:
         minutes: longest time in one phase without a report; 0 for no watching.
         rank: of this process.
-        iteration: gives the number of the step under way.
+        iteration: gives the number of the iteration under way, from 1.
     """
 
     def __init__(self, minutes: float, rank: int, iteration: Callable[[], int]) -> None:
@@ -103,7 +103,7 @@ class Watchdog:
 
     def _where(self) -> str:
         """Phase and iteration; and the collective, where the phase begins to last."""
-        place = f"{self._phase} of iteration {self._iteration() + 1}"
+        place = f"{self._phase} of iteration {self._iteration()}"
         lasts = time.monotonic() - self._since > self._limit / 2
         return f"{place}, {last_collective()}" if lasts else place
 
@@ -116,6 +116,6 @@ class Watchdog:
         ]
         where = f"rank {self._rank} (process {os.getpid()} on {socket.gethostname()})"
         collective = f"; it {last_collective()}" if dist.is_initialized() else ""
-        head = f"{where} has been in {phase} of iteration {self._iteration() + 1} for {spent:.0f} s{collective}."
+        head = f"{where} has been in {phase} of iteration {self._iteration()} for {spent:.0f} s{collective}."
         head += " It is here:"
         return "\n".join([head, *stacks])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,8 @@ class Optimum:
 
     Attributes:
         place: log2 of the hyperparameter at the minimum.
-        error: standard error of ``place``; nan where nothing tells (three points with one seed each).
+        error: standard error of ``place``; nan where nothing tells (three points with one seed each, and no scatter
+            borrowed).
         loss: at the minimum of the fit.
         edge: ``low`` or ``high`` where the minimum lies at or beyond that end of the grid: then ``place`` is only the
             best point of the grid, and the grid has to be extended.
@@ -32,7 +33,13 @@ class Optimum:
     points: int
 
 
-def find_optimum(losses: Mapping[float, Sequence[float]], window: float = 1.0) -> Optimum:
+def scatter(samples: Iterable[Sequence[float]]) -> float | None:
+    """Standard deviation between seeds, pooled over all points that have several; None where none has."""
+    spreads = [float(np.var(s, ddof=1)) for s in samples if len(s) > 1 and all(map(math.isfinite, s))]
+    return math.sqrt(sum(spreads) / len(spreads)) if spreads else None
+
+
+def find_optimum(losses: Mapping[float, Sequence[float]], window: float = 1.0, noise: float | None = None) -> Optimum:
     """Fits a parabola to the mean losses around the best point of the grid.
 
     A divergence counts as a loss above all others: it bounds the curve but takes no part in the fit. The error is by
@@ -42,6 +49,7 @@ def find_optimum(losses: Mapping[float, Sequence[float]], window: float = 1.0) -
         losses: by log2 of the hyperparameter, those of all seeds; inf for a run that diverged.
         window: octaves on each side of the best point that the fit takes, its neighbours in any case. Farther out no
             curve is a parabola.
+        noise: scatter of seeds that other curves have shown, for a curve with one seed.
 
     Raises:
         ValueError: no finite loss.
@@ -62,7 +70,7 @@ def find_optimum(losses: Mapping[float, Sequence[float]], window: float = 1.0) -
     x = np.array([places[i] for i in chosen])
     y = np.array([means[i] for i in chosen])
     place, loss, fitted = _vertex(x, y)
-    error = _bootstrap(x, [np.asarray(losses[p]) for p in x], y - fitted)
+    error = _bootstrap(x, [np.asarray(losses[p]) for p in x], y - fitted, noise)
     return Optimum(place, error, loss, None, len(chosen))
 
 
@@ -76,14 +84,15 @@ def _vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]:
     return place, float(np.polyval((a, b, c), place - x.mean())), fitted
 
 
-def _bootstrap(x: np.ndarray, samples: list[np.ndarray], residuals: np.ndarray) -> float:
+def _bootstrap(x: np.ndarray, samples: list[np.ndarray], residuals: np.ndarray, borrowed: float | None) -> float:
     """Standard deviation of the vertex over resampled losses."""
     generator = np.random.default_rng(0)
     # Points with one seed borrow the scatter of those with several.
-    spreads = [s.var(ddof=1) for s in samples if len(s) > 1]
-    if not spreads and len(x) <= 3:
+    own = scatter(list(map(float, s)) for s in samples)
+    known = own if own is not None else borrowed
+    if known is None and len(x) <= 3:
         return math.nan
-    noise = float(np.sqrt(np.mean(spreads))) if spreads else 0.0
+    noise = known or 0.0
     misfit = float(np.sqrt(np.square(residuals).sum() / (len(x) - 3))) if len(x) > 3 else 0.0
     means = np.array([s.mean() for s in samples])
     errors = np.maximum(noise / np.sqrt([len(s) for s in samples]), misfit)

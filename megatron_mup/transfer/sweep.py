@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mup.config import Config
-from megatron_mup.transfer.optimum import Drift, Optimum, find_drift, find_optimum
+from megatron_mup.transfer.optimum import Drift, Optimum, find_drift, find_optimum, scatter
 from megatron_mup.transfer.trials import Trial, start_value
 
 Others = tuple[tuple[str, float], ...]
@@ -161,12 +161,16 @@ class Finding:
 
 
 def findings(plan: SweepPlan, done: Mapping[str, float]) -> list[Finding]:
-    """Optima and drifts: over width for each depth that has several widths, and over depth likewise."""
+    """Optima and drifts: over width for each depth that has several widths, and over depth likewise.
+
+    A size with one seed borrows the scatter of those with several.
+    """
     found = []
     curves = {key: points for key, points in curves_of(plan, done).items() if _fits(points)}
+    noise = scatter(losses for points in curves.values() for losses in points.values())
     for others in plan.combinations():
         optima = {
-            size: find_optimum({plan.axis.place(k): losses for k, losses in points.items()})
+            size: find_optimum({plan.axis.place(k): losses for k, losses in points.items()}, noise=noise)
             for (size, mine), points in curves.items()
             if mine == others
         }
@@ -198,16 +202,23 @@ def format_findings(plan: SweepPlan, found: Sequence[Finding]) -> str:
             drift = finding.drift
             shifts = ", ".join(f"{shift:+.2f}" for shift in drift.shifts)
             lines.append(
-                f"  drift per doubling {drift.per_doubling:+.3f} ± {drift.error:.3f} in log2 (from size to size "
+                f"  drift per doubling {drift.per_doubling:+.3f}{_margin(drift.error, 3)} in log2 (from size to size "
                 f"{shifts}); half a grid step is {drift.limit:.3f}: {drift.verdict}"
             )
+    inside = [o for finding in found for o in finding.optima.values() if not o.edge]
+    if any(math.isnan(optimum.error) for optimum in inside):
+        lines.append("± ?: three points with one seed each don't tell; take --seeds 2, or a finer grid")
     return "\n".join(lines)
 
 
 def _shown(optimum: Optimum) -> str:
     if optimum.edge:
         return f"{2**optimum.place:.4g} at the {optimum.edge} edge of the grid: extend it (--extend)"
-    return f"{2**optimum.place:.4g} (log2 {optimum.place:.2f} ± {optimum.error:.2f})"
+    return f"{2**optimum.place:.4g} (log2 {optimum.place:.2f}{_margin(optimum.error, 2)})"
+
+
+def _margin(error: float, digits: int) -> str:
+    return f" ± {error:.{digits}f}" if math.isfinite(error) else " ± ?"
 
 
 def share(trials: Sequence[Trial], worker: int, of: int) -> list[Trial]:

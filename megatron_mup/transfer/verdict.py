@@ -107,6 +107,9 @@ def limits(
             # Of more experts each gets a smaller share of the tokens: a gradient that falls as experts^-1/2 if tokens
             # disagree, as experts^-1 if they agree. No source has a rule for it.
             return 0.5 - tolerance, 1 + tolerance
+        if axis == "experts" and name == Role.ROUTER.value:
+            # A sigmoid's row learns from its expert's tokens alone, a softmax's from all.
+            return -2 * tolerance, 1 + tolerance
         # A wrong rule is off by a whole exponent, and gradients have no limit as clean as that of activations. What all
         # heads share sums over heads: aligned, that gives the width back that the logits' factor took, before training
         # only half of it.

@@ -9,8 +9,11 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +25,15 @@ from megatron_mup.checkpoint.background import BackgroundSaver
 from megatron_mup.checkpoint.verify import verify
 from megatron_mup.config import ConfigError
 from tests.checkpoint.cases import Run, config_of, fill, known, load_latest, wrong
-from tests.runs import pretrain, saved_tensors, words
+from tests.runs import Outcome, pretrain, saved_tensors, words
 
 
 def begin(saver: BackgroundSaver, run: Run, folder: str, iteration: int, done: list[Path]) -> None:
     saver.start(folder, run.pieces(), run.manifest(iteration), None, None, done.append)
+
+
+def copies_of(saver: BackgroundSaver) -> dict[Any, torch.Tensor]:
+    return saver._copies._tensors
 
 
 def save_and_change(folder: str) -> list[str]:
@@ -36,18 +43,19 @@ def save_and_change(folder: str) -> list[str]:
     for iteration in (1, 2, 3):
         fill(run.pieces(), iteration)
         begin(saver, run, folder, iteration, done)
+        saver.before_update()
         fill(run.pieces(), 99)
-        places.add(tuple(copy.data_ptr() for copy in saver._copies.values()))
+        places.add(tuple(copy.data_ptr() for copy in copies_of(saver).values()))
     saver.finish()
     saver.finish()
     # One copy in host memory, used again.
     assert len(places) == 1
     shards = {(p.key, p.offsets): p.tensor.nbytes for p in run.pieces() if p.is_saved}
-    assert sum(copy.nbytes for copy in saver._copies.values()) == sum(shards.values())
+    assert sum(copy.nbytes for copy in copies_of(saver).values()) == sum(shards.values())
     # What is no longer saved, after a change of optimizers for instance, takes no memory.
     saver.start(f"{folder}/weights", run.pieces(optimizer=False), run.manifest(4), None, None, done.append)
     saver.finish()
-    assert {key for key, _ in saver._copies} == {piece.key for piece in run.pieces(optimizer=False)}
+    assert {key for key, _ in copies_of(saver)} == {piece.key for piece in run.pieces(optimizer=False)}
     return [path.name for path in done]
 
 
@@ -93,10 +101,29 @@ def test_a_failure_is_told_at_the_next_save(pool, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == done
 
 
+def pretrain_with_late_copies(argv: list[str]) -> Outcome:
+    """A run that begins to copy what it saves when the next step is about to change it, or when nothing more comes."""
+    reached, replaced = threading.Event(), {}
+
+    def then(name: str, first: Callable[[], object]) -> None:
+        method = replaced[name] = getattr(BackgroundSaver, name)
+        setattr(BackgroundSaver, name, lambda *arguments: (first(), method(*arguments))[1])
+
+    then("_run", reached.clear)
+    then("_copied_pieces", lambda: reached.wait(10))
+    then("before_update", reached.set)
+    then("finish", reached.set)
+    try:
+        return pretrain(argv)
+    finally:
+        for name, method in replaced.items():
+            setattr(BackgroundSaver, name, method)
+
+
 def test_a_run_saves_the_same_either_way(pool, tmp_path):
-    for name, flag in (("plain", ""), ("async", "--async-save")):
+    for name, flag, job in (("plain", "", pretrain), ("async", "--async-save", pretrain_with_late_copies)):
         flags = f"--save {tmp_path}/{name} --save-interval 2 --train-iters 6 {flag}"
-        outcomes = pool.launch(2, pretrain, words(flags, "--data-parallel-sharding-strategy optim_grads_params"))
+        outcomes = pool.launch(2, job, words(flags, "--data-parallel-sharding-strategy optim_grads_params"))
         assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
         assert "iter_0000006" in outcomes[0].out + outcomes[0].err
     for iteration in ("iter_0000002", "iter_0000006"):
@@ -126,10 +153,11 @@ def save_for_ever(rank: int, store: str, folder: str, kind: str) -> None:
             os.replace(store + ".now", store + ".done")
 
     for iteration in range(1, 1000):
+        saver.before_update()
         fill(run.pieces(), iteration)
         if kind == "local":
             local.save(folder, run.pieces(), run.manifest(iteration), "run")
-            told(files.checkpoints(local.rank_folder(folder))[iteration])
+            told(files.checkpoints(local.rank_folder(folder, "run"))[iteration])
         elif kind == "background":
             saver.start(folder, run.pieces(), run.manifest(iteration), 2, None, told)
         else:

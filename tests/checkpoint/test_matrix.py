@@ -50,7 +50,6 @@ LAYOUTS = {
 DAILY = [
     ("dense", "adam", "pp2", "tp2-sp"),
     ("dense", "muon", "fsdp2", "pp2"),
-    ("dense", "dion", "tp2-sp", "fsdp2"),
     ("dense", "spectral_sphere", "fsdp2", "tp2-sp"),
     ("experts", "muon", "ep2-tp2", "one"),
 ]

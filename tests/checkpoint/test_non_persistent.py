@@ -60,8 +60,10 @@ def killed(pool, tmp_path_factory):
 def broken(killed, tmp_path):
     def get(kind: str) -> Path:
         shutil.copytree(killed(kind), tmp_path, dirs_exist_ok=True)
-        # Whose a local checkpoint is, its manifest says.
-        for file in tmp_path.glob("disk/*/*/manifest.json"):
+        # Whose a local checkpoint is, its folder and its manifest say.
+        for theirs in tmp_path.glob("disk/*"):
+            theirs.rename(local.run_folder(tmp_path / "disk", str(tmp_path / "run")))
+        for file in tmp_path.glob("disk/*/*/*/manifest.json"):
             file.write_text(file.read_text().replace(str(killed(kind) / "run"), str(tmp_path / "run")))
         return tmp_path
 
@@ -69,7 +71,8 @@ def broken(killed, tmp_path):
 
 
 def locals_of(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder / "disk")) for path in folder.glob("disk/*/iter_*"))
+    mine = local.run_folder(folder / "disk", str(folder / "run"))
+    return sorted(str(path.relative_to(mine)) for path in mine.glob("*/iter_*"))
 
 
 def assert_goes_on(pool, folder: Path, iteration: int, *more: str) -> str:
@@ -95,7 +98,7 @@ def test_the_newest_is_gone_on_with(pool, broken):
 def test_a_rank_that_lost_its_part(pool, broken, loss):
     """All ranks go back to the checkpoint that was saved for good, and the other parts go."""
     folder = broken("local")
-    mine = folder / "disk" / "rank_00001" / "iter_0000005"
+    mine = local.run_folder(folder / "disk", str(folder / "run")) / "rank_00001" / "iter_0000005"
     if loss == "folder":
         shutil.rmtree(mine.parent)
     elif loss == "shard":
@@ -109,14 +112,42 @@ def test_a_rank_that_lost_its_part(pool, broken, loss):
     assert locals_of(folder) == ["rank_00000/iter_0000005", "rank_00001/iter_0000005"]
 
 
+@pytest.mark.long
 def test_other_runs_on_the_disk_keep_theirs(pool, broken):
+    """Those that stand where all runs once saved, too."""
     folder = broken("local")
-    for path in list(folder.glob("disk/*/iter_0000005")):
-        theirs = shutil.copytree(path, path.parent / "iter_0000003") / "manifest.json"
-        theirs.write_text(theirs.read_text().replace(str(folder / "run"), str(folder / "other")))
-    shutil.rmtree(folder / "disk" / "rank_00001" / "iter_0000005")
+    theirs = folder / "disk" / "rank_00000" / "iter_0000005"
+    shutil.copytree(next(folder.glob("disk/*/rank_00000/iter_0000005")), theirs)
+    manifest = theirs / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(folder / "run"), str(folder / "other")))
+    shutil.rmtree(next(folder.glob("disk/*/rank_00001/iter_0000005")))
     assert_goes_on(pool, folder, 4, local_flags(folder))
-    assert {"rank_00000/iter_0000003", "rank_00001/iter_0000003"} <= set(locals_of(folder))
+    assert theirs.is_dir()
+
+
+def save_of_two_runs(folder: str) -> list[tuple[str, list[str]]]:
+    """Two runs save the same iteration to one disk; a third has saved where all runs once did. What each finds."""
+    run, found = Run(config_of("fsdp2")), []
+    layout, names = checkpoint.layout_sizes(run.mesh), ["/a/run", "/b/run", "/c/run"]
+    for seed, name in enumerate(names):
+        fill(run.pieces(), seed)
+        local.save(folder, run.pieces(), run.manifest(5), name)
+    shared = Path(folder) / local.rank_folder(folder, names[2]).name
+    local.rank_folder(folder, names[2]).rename(shared)
+    for seed, name in enumerate(names):
+        path = local.find(folder, name, layout)
+        pieces = run.pieces()
+        fill(pieces, 9)
+        local.load(path, pieces, run.config)
+        found.append((path.name, wrong(pieces, seed)))
+    fill(run.pieces(), 4)
+    local.save(folder, run.pieces(), run.manifest(6), names[2])
+    # The one before goes, wherever it stands.
+    return [*found, *((path.name, []) for path in shared.glob("iter_*"))]
+
+
+def test_runs_on_one_disk(pool, tmp_path):
+    assert pool.run(2, save_of_two_runs, str(tmp_path)) == [[("iter_0000005", [])] * 3] * 2
 
 
 def test_another_layout_takes_what_any_layout_can_read(pool, broken):
@@ -146,7 +177,7 @@ def save_and_look(folder: str) -> tuple[str, list[str], str, list[str]]:
     error = ""
     rank = run.mesh.world.get_rank()
     if rank == 3:
-        (local.rank_folder(folder) / ".iter_0000003.tmp-a").mkdir()
+        (local.rank_folder(folder, "mine") / ".iter_0000003.tmp-a").mkdir()
         whole, files.hidden = files.hidden, lambda *_: Path("/dev/null/rank_00003")
     try:
         local.save(folder, run.pieces(), run.manifest(3), "mine")
@@ -161,7 +192,7 @@ def save_and_look(folder: str) -> tuple[str, list[str], str, list[str]]:
     pieces = run.pieces()
     fill(pieces, 9)
     local.load(path, pieces, run.config)
-    stand = sorted(p.name for p in local.rank_folder(folder).glob("iter_*"))
+    stand = sorted(p.name for p in local.rank_folder(folder, "mine").glob("iter_*"))
     return path.name, wrong(pieces, 2), error, stand
 
 

@@ -36,6 +36,22 @@ def slurm() -> Iterator[Slurm]:
         yield running
 
 
+@pytest.mark.long
+def test_the_doctor_looks_at_each_node_once_and_tasks_get_their_cores(slurm, tmp_path):
+    stub, log = tmp_path / "python", tmp_path / "job.out"
+    stub.write_text('#!/bin/sh\necho "$1 with $SRUN_CPUS_PER_TASK"\n')
+    stub.chmod(0o755)
+    options = ["--ntasks-per-node=2", "--nodes=1", "--cpus-per-task=1", "--gres=none", "--overcommit"]
+    job = slurm.submit(
+        ROOT / "examples" / "slurm" / "multi-node.sbatch",
+        options=[*options, f"--output={log}", f"--export=ALL,PYTHON={stub}"],
+        folder=ROOT,
+    )
+    wait_for(lambda: ended(slurm, job), "end", log)
+    said = [line for line in log.read_text().splitlines() if " with " in line]
+    assert sorted(said) == ["pretrain.py with 1"] * 2 + ["tools/doctor.py with 1"], log.read_text()
+
+
 def ended(slurm: Slurm, job: str) -> bool:
     return slurm.job(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 

@@ -94,7 +94,7 @@ def test_default_is_what_flags_start_from():
         ("--no-position-embedding --position-embedding-type learned_absolute", ["contradict"]),
         ("--accumulate-allreduce-grads-in-fp32 --grad-reduce-in-bf16", ["contradict"]),
         ("--no-decay-norm-bias-embed --decay-embeddings", ["contradict"]),
-        ("--transformer-impl transformer_engine", ["--transformer-impl transformer_engine", "only local"]),
+        ("--ckpt-format zarr", ["--ckpt-format zarr", "only torch_dist"]),
         ("--ckpt-format", ["takes one value"]),
         ("--muon-matched-adamw-rms x", ["takes a number"]),
         ("--muon-tp-mode x", ["takes duplicated, blockwise or distributed"]),
@@ -128,7 +128,7 @@ def test_a_mistake_is_told_with_its_remedy(argv, parts, capfd):
         ("--group-query-attention --num-query-groups 4", "--num-query-groups 4"),
         ("--use-mup --parametrization mup", "--parametrization mup"),
         ("--no-decay-norm-bias --no-decay-norm-bias-embed", ""),
-        ("--transformer-impl local --ckpt-format torch_dist --use-mcore-models --overlap-grad-reduce", ""),
+        ("--ckpt-format torch_dist --use-mcore-models --overlap-grad-reduce", ""),
     ],
 )
 def test_aliases_say_the_same(alias, plain):

@@ -22,6 +22,23 @@ def refused(argv: str, world_size: int = 1) -> ConfigError:
 
 
 @pytest.mark.parametrize(
+    ("argv", "world_size", "name"),
+    [
+        ("", 2, "2 ranks"),
+        ("--num-experts 4 --disable-bias-linear", 1, "--num-experts 4"),
+        ("--hidden-dropout 0.1", 1, "--hidden-dropout 0.1"),
+        ("--diagnostics-interval 5", 1, "--diagnostics-interval 5"),
+        ("--transformer-impl transformer_engine", 1, "--transformer-impl"),
+    ],
+)
+def test_what_a_cuda_graph_cannot_hold(argv, world_size, name):
+    error = refused(f"{EXACT} --cuda-graph-impl local {argv}", world_size)
+    assert name in str(error)
+    assert "--cuda-graph-impl" in str(error)
+    check(f"{EXACT} --mock-data --cuda-graph-impl local")
+
+
+@pytest.mark.parametrize(
     ("argv", "world_size"),
     [
         ("", 1),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import traceback
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_mup.config import Config
 from megatron_mup.parallel.mesh import Mesh
@@ -51,6 +55,8 @@ def share(config: Config, mesh: Mesh, number: int) -> dict[str, torch.Tensor]:
     for sample in range(SAMPLES):
         labels[sample, : (sample * 11 + number) % seq] = -100
     batch = {"tokens": tokens[:, :-1], "labels": labels, "sample_index": torch.arange(SAMPLES) + SAMPLES * number}
+    if config.data.reset_attention_mask:
+        batch["document_ids"] = (torch.rand(SAMPLES, seq, generator=generator) < 0.05).cumsum(1)
     mine = torch.arange(SAMPLES).view(-1, size)[mesh.dp_rank :: mesh.dp_size].flatten()
     return {name: value[mine].to(mesh.device) for name, value in batch.items()}
 
@@ -74,3 +80,26 @@ def train_on_rank(config: Config) -> dict[str, Any]:
     torch._dynamo.reset()
     seen = train(config, Mesh.build(config, torch.device("cuda", torch.cuda.current_device())))
     return {name: seen[name] for name in ("losses", "norms")}
+
+
+def train_many_on_rank(configs: dict[str, Config], device: str = "cuda") -> dict[str, dict[str, Any] | str]:
+    """The same for several configurations by name, in one process group: starting one takes longer than most of them.
+
+    What fails gives its traceback. Where all ends in a hang, stderr says which was the last to begin.
+    """
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    meshes: dict[str, Mesh] = {}
+    seen: dict[str, dict[str, Any] | str] = {}
+    for name, config in configs.items():
+        print(f"rank {dist.get_rank()}: {name}", file=sys.stderr, flush=True)
+        torch._dynamo.reset()
+        layout = f"{config.parallel} {config.moe.num_experts} {config.optimizer.muon_distributed_mode}"
+        try:
+            if layout not in meshes:
+                meshes[layout] = Mesh.build(config, place)
+            found = train(config, meshes[layout])
+            seen[name] = {part: found[part] for part in ("losses", "norms")}
+        except Exception:
+            seen[name] = traceback.format_exc()
+        gc.collect()
+    return seen

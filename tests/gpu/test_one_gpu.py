@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mup.checkpoint.background import BackgroundSaver
+from megatron_mup.checkpoint.manifest import Manifest
+from megatron_mup.checkpoint.state import Piece, checkpoint_pieces
 from megatron_mup.parallel.mesh import Mesh
-from tests.gpu.gpu_runs import BF16, EXPERTS, FEATURES, MUNIT, UMUP, gpu_config, gpu_words, share, train
+from tests.gpu.gpu_runs import BF16, COMPLETEP, EXPERTS, FEATURES, MUNIT, UMUP, gpu_config, gpu_words, share, train
 from tests.runs import pretrain, recorded, relative_error, saved_tensors, step_of
 
 pytestmark = pytest.mark.gpu
@@ -80,6 +83,32 @@ def test_compiled_bf16_equals_eager(meshes, features):
     close(eager, train(gpu_config(features), meshes["cuda"], 5), 2e-2)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scheme", [COMPLETEP, UMUP], ids=["completep", "umup"])
+@pytest.mark.parametrize("compiled", ["", "--torch-compile"])
+def test_a_graph_changes_nothing(meshes, optimizer, scheme, compiled):
+    """Three steps before the capture, four from it."""
+    flags = (OPTIMIZERS[optimizer], compiled)
+    eager, graphed = (
+        train(gpu_config(*flags, impl, scheme=scheme), meshes["cuda"], 7) for impl in ("", "--cuda-graph-impl local")
+    )
+    close(graphed, eager, 1e-5)
+    torch.testing.assert_close(graphed["norms"], eager["norms"], rtol=1e-4, atol=0)
+
+
+def test_a_graph_is_captured_anew_for_other_batches(meshes):
+    """As a growing batch size has them."""
+    config, mesh = gpu_config("--cuda-graph-impl local --bf16"), meshes["cuda"]
+    step, plain = step_of(config, mesh), step_of(gpu_config("--bf16"), mesh)
+    for number in range(10):
+        batch = share(config, mesh, number)
+        if number < 5:
+            batch = {name: value[:4] for name, value in batch.items()}
+        seen, want = step(batch, 1.0, request=number), plain(batch, 1.0)
+        torch.testing.assert_close(seen.loss, want.loss, rtol=1e-3, atol=0)
+        assert seen.request.item() == number
+
+
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_recomputation_changes_nothing(meshes, granularity):
     flags = f"--recompute-granularity {granularity}"
@@ -138,3 +167,30 @@ def test_resumes_bitwise(tmp_path):
     assert whole.keys() == broken.keys()
     for key, value in whole.items():
         assert torch.equal(broken[key], value), key
+
+
+def test_saving_in_the_background_while_training_goes_on(meshes, tmp_path, monkeypatch):
+    """The device copies late, and the optimizer waits for it."""
+    step = step_of(gpu_config("--bf16 --main-params-dtype fp32"), meshes["cuda"])
+    step(share(step.config, step.mesh, 0), 1.0)
+    pieces = checkpoint_pieces(step.main.params, step.optimizer.state_tensors())
+    want = {piece.key: piece.tensor.cpu() for piece in pieces}
+
+    def late(piece: Piece) -> torch.Tensor:
+        torch.cuda._sleep(5_000_000)  # milliseconds, on the stream that copies
+        return piece.tensor
+
+    monkeypatch.setattr(Piece, "value", late)
+    saver = BackgroundSaver()
+    manifest = Manifest(iteration=1, consumed_samples=0, config={}, parametrization=[], layout={})
+    step.before_update = saver.before_update
+    saver.prepare(pieces)
+    saver.start(tmp_path, pieces, manifest, None, None, lambda _: None)
+    for number in (1, 2):
+        step(share(step.config, step.mesh, number), 1.0)
+    assert not torch.equal(pieces[0].tensor.cpu(), want[pieces[0].key])
+    saver.finish()
+    assert all(copy.is_pinned() for copy in saver._copies._tensors.values())
+    saved = saved_tensors(tmp_path / "iter_0000001")
+    assert saved.keys() == want.keys()
+    assert all(torch.equal(saved[key], value) for key, value in want.items())

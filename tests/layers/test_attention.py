@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_mup.layers.attention import plain_attention
+from megatron_mup.layers.attention import KERNELS, kernel_of_auto, plain_attention
 from megatron_mup.layers.dropout import drop
 from megatron_mup.layers.embedding import OutputLayer
 from megatron_mup.layers.info import attention_mask
@@ -126,3 +126,11 @@ def test_padding_never_reaches_parameters():
         batch = batch_of(config_of())
         assert model(batch["tokens"]).shape[-1] == 101
         assert {len(p) for name, p in model.named_parameters() if "word" in name or "output_layer" in name} == {101}
+
+
+def test_the_kernel_that_pytorch_takes_has_a_name():
+    flags = "--num-attention-heads 4 --num-query-groups 2"
+    device, dtype = torch.device("cpu"), torch.float32
+    assert kernel_of_auto(config_of(flags), device, dtype) in KERNELS.values()
+    for settled in ("--attention-backend unfused", "--attention-dropout 0.1", "--window-size 2"):
+        assert kernel_of_auto(config_of(flags, settled), device, dtype) is None

@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_mup.layers.mlp import GLU_BLOCKS, gelu, squared_relu, swiglu
+from megatron_mup.kernels.swiglu import swiglu_backward_reference
+from megatron_mup.layers.mlp import GLU_BLOCKS, GLU_INTERLEAVE, gelu, squared_relu, swiglu
 
 
 def test_swiglu_reads_interleaved_rows():
@@ -13,6 +14,12 @@ def test_swiglu_reads_interleaved_rows():
     parts = {b.name: x[..., (b.start <= place) & (place < b.start + b.size)] for b in GLU_BLOCKS}
     assert parts["gate"].shape == parts["up"].shape == (3, 2, 32)
     torch.testing.assert_close(swiglu(x), F.silu(parts["gate"]) * parts["up"])
+
+
+def test_the_kernels_twin_is_the_gradient_of_swiglu():
+    x, grad = torch.randn(3, 2, 64, requires_grad=True), torch.randn(3, 2, 32)
+    swiglu(x).backward(grad)
+    torch.testing.assert_close(swiglu_backward_reference(x.detach(), grad, GLU_INTERLEAVE), x.grad)
 
 
 def test_swiglu_of_a_shard_is_the_shard_of_swiglu():

@@ -54,7 +54,9 @@ def plain(x, gates, experts, kept, first, second):
     return torch.einsum("te,teh->th", factors, out)
 
 
-def compare(rank: int, ranks: int, axis: ExpertAxis, choice: str, capacity: int | None, pad: bool) -> dict[str, float]:
+def compare(
+    rank: int, ranks: int, axis: ExpertAxis, choice: str, capacity: int | None, pad: bool, compiled: bool = False
+) -> dict[str, float]:
     """Differences from the plain sum on one rank: output and gradients of tokens, gates and weights."""
     here = EXPERTS // ranks
     mine = [w[rank * here : (rank + 1) * here] for w in weights()]
@@ -72,7 +74,7 @@ def compare(rank: int, ranks: int, axis: ExpertAxis, choice: str, capacity: int 
         if source == rank:
             own = [x.clone().requires_grad_(), gates.clone().requires_grad_()]
             routing = Routing(own[1], experts, None if capacity is None else kept, capacity)
-            got = dispatch(own[0], routing, module, EXPERTS, axis, pad)
+            got = dispatch(own[0], routing, module, EXPERTS, axis, pad, compiled)
             got.square().sum().backward()
             found["output"] = difference(got, want)
             found["tokens"] = difference(own[0].grad, theirs[0].grad)
@@ -95,6 +97,14 @@ CAPACITIES = [(None, False), (4, False), (4, True), (2 * TOKENS, True)]
 @pytest.mark.parametrize(("capacity", "pad"), CAPACITIES)
 def test_equals_the_plain_sum(choice, capacity, pad):
     found = compare(0, 1, ONE_EXPERT_RANK, choice, capacity, pad)
+    assert max(found.values()) < 1e-6, found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("capacity", "pad"), [(None, False), (4, True)])
+def test_compiled_equals_the_plain_sum(capacity, pad):
+    torch._dynamo.reset()
+    found = compare(0, 1, ONE_EXPERT_RANK, "mixed", capacity, pad, compiled=True)
     assert max(found.values()) < 1e-6, found
 
 

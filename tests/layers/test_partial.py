@@ -11,7 +11,7 @@ from megatron_mup.layers import partial as module
 from megatron_mup.layers.attention import plain_attention
 from megatron_mup.layers.context import needed
 from megatron_mup.layers.dropout import drop
-from megatron_mup.layers.info import attention_mask
+from megatron_mup.layers.info import Context, attention_mask
 from megatron_mup.layers.partial import Partial, merge_
 from megatron_mup.parallel.mesh import ContextAxis
 
@@ -31,7 +31,7 @@ def thin(weights, queries, keys):
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("kind", ["kernel", "plain", "documents", "window", "other width of values"])
+@pytest.mark.parametrize("kind", ["kernel", "plain", "documents", "segments", "window", "other width of values"])
 def test_parts_make_a_whole(monkeypatch, kind, dropout):
     """Queries after the first few see their own keys, and then those before them all, or as far as the mask lets."""
     monkeypatch.setattr(module, "TILE", 4)
@@ -42,13 +42,16 @@ def test_parts_make_a_whole(monkeypatch, kind, dropout):
     grad = draw(2, 4, SEQ - FIRST, value_width)
     keys = torch.arange(SEQ)
     queries = keys[FIRST:]
-    mask, rule = MASKS.get(kind), thin if dropout else None
+    mask, rule = MASKS.get("documents" if kind == "segments" else kind), thin if dropout else None
     drawn = (mask or attention_mask)(queries, keys)
     here = partial(rule, queries=queries, keys=keys) if rule else None
     want = plain_attention(query, key, value, SCALE, drawn, here)
     want.backward(grad)
 
-    parts = Partial(SCALE, mask, rule, plain=kind == "plain")
+    context = Context(ContextAxis(None, 0, 1), True, keys[None], DOCUMENTS)
+    parts = Partial(SCALE, mask, rule, plain=kind == "plain", segments=context.segments if kind == "segments" else None)
+    by_segments = parts._segments(query, value, (queries, queries), True)
+    assert (by_segments is not None) == (kind == "segments" and not dropout)
     assert parts._by_kernel(query, value) == (kind == "kernel" and not dropout)
     output, lse = torch.zeros_like(want), torch.full(want.shape[:3], -torch.inf)
     columns = [(slice(FIRST, SEQ), True), (slice(0, FIRST), False)]

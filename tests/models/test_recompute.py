@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mup.config import ConfigError
 from megatron_mup.layers.linear import RowLinear
-from tests.runs import batch_of, config_of, model_of
+from tests.runs import batch_of, config_of, model_of, relative_error, step_of
 
 FEATURES = "--num-layers 4 --hidden-dropout 0.1 --attention-dropout 0.1 --swiglu --qk-layernorm"
 VARIANTS = {
@@ -47,3 +48,27 @@ def test_evaluation_doesnt_recompute(variant):
     model, batch = model_of(config).eval(), batch_of(config)
     with torch.no_grad():
         assert model(batch["tokens"]).shape == (16, 4, 101)
+
+
+def test_one_way_to_recompute_at_a_time():
+    config_of("--torch-compile --activation-memory-budget 0.5")
+    with pytest.raises(ConfigError, match="both say what is recomputed"):
+        config_of("--torch-compile --activation-memory-budget 0.5 --recompute-activations")
+
+
+@pytest.mark.long
+def test_a_budget_for_compiled_layers(lone_mesh):
+    """Backward finds less, and the same gradients."""
+
+    def gradients(budget: float) -> tuple[int, list[torch.Tensor]]:
+        torch._dynamo.reset()
+        config = config_of(f"--swiglu --torch-compile --activation-memory-budget {budget}")
+        step, batch, held = step_of(config, lone_mesh), batch_of(config), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.nbytes) or t, lambda t: t):
+            step.forward_backward(batch, torch.ones(()))
+        step.main.collect_grads()
+        return sum(held), [main.grad for main in step.main.params]
+
+    (most, want), (least, got) = gradients(1.0), gradients(0.2)
+    assert least < 0.8 * most
+    assert max(relative_error(a, b) for a, b in zip(got, want, strict=True)) < 1e-5

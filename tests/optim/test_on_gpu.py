@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from optim_cases import alone, model_metas
+from optim_cases import alone, meta, model_metas
 
 from megatron_mup.config import Config, OptimizerConfig
 from megatron_mup.optim.clip import clip_, global_grad_norm
@@ -15,6 +15,7 @@ from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.newton_schulz import orthonormalize
 from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.parallel.mesh import Mesh
+from megatron_mup.parametrization.meta import ParamMeta, Role
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -30,24 +31,45 @@ def meshes() -> Iterator[dict[str, Mesh]]:
 
 
 def build(
-    mesh: Mesh, name: str, dtype: torch.dtype = torch.float32, ns_dtype: str = "fp32"
+    mesh: Mesh,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    ns_dtype: str = "fp32",
+    metas: list[ParamMeta] | None = None,
+    **flags: object,
 ) -> tuple[list[MainParam], Optimizer]:
     torch.manual_seed(0)
-    params = [alone(m, torch.randn(m.shape).to(mesh.device, dtype)) for m in model_metas()]
-    config = Config(optimizer=OptimizerConfig(optimizer=name, lr=1e-2, muon_ns_dtype=ns_dtype))
+    params = [alone(m, torch.randn(m.shape).to(mesh.device, dtype)) for m in metas or model_metas()]
+    config = Config(optimizer=OptimizerConfig(optimizer=name, lr=1e-2, muon_ns_dtype=ns_dtype, **flags))
     return params, Optimizer(params, config, mesh)
 
 
-def train(params: list[MainParam], optimizer: Optimizer, mesh: Mesh, steps: int = 3) -> torch.Tensor:
-    norm = torch.zeros(())
-    for step in range(steps):
+def train(
+    params: list[MainParam], optimizer: Optimizer, mesh: Mesh, steps: int = 3, first: int = 0, taken: str = "1" * 99
+) -> torch.Tensor:
+    """Steps at rates that change; one that isn't taken has its gradients all the same."""
+    norm, alive = torch.zeros(()), []
+    for step in range(first, first + steps):
         torch.manual_seed(100 + step)
         for param in params:
+            alive.append(param.grad)  # so that gradients never lie where they lay before
             param.grad = torch.randn(param.value.shape).to(param.value)
         norm = global_grad_norm(params, mesh)
         clip_(params, norm, 1.0)
-        optimizer.step(1.0)
+        if taken[step] == "1":
+            optimizer.step(1.0 / (1 + step))
     return norm
+
+
+def contents(params: list[MainParam], optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Values and state by name."""
+    state = {key: value for key, (_, value) in optimizer.state_tensors().items()}
+    return state | {param.meta.name: param.value for param in params}
+
+
+def large_metas() -> list[ParamMeta]:
+    """Matrices that take the symmetric kernels in bf16."""
+    return [meta(f"large.{i}", Role.MLP_OUT, (1024, 2048)) for i in range(8)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -75,6 +97,50 @@ def test_no_wait_for_the_device(meshes, name, dtype):
         optimizer.step(1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("form", ["fp32", "bf16", "large"])
+def test_replayed_steps_are_bitwise_launched_ones(meshes, name, form):
+    """Over steps left out, other rates, gradients elsewhere, and after weights and state were loaded."""
+    mesh, found = meshes["cuda"], []
+    dtype, ns_dtype = (torch.float32, "fp32") if form == "fp32" else (torch.bfloat16, "bf16")
+    metas = large_metas() if form == "large" else None
+    for replayed in (False, True):
+        params, optimizer = build(mesh, name, dtype, ns_dtype, metas, optimizer_cuda_graph=replayed)
+        assert optimizer._matrix._replays.enabled is replayed
+        train(params, optimizer, mesh, steps=5, taken="11011")
+        assert bool(optimizer._matrix._replays._graphs) is replayed
+        for key, value in contents(params, optimizer).items():
+            if key.partition("/")[0] not in ("dion_basis", "right_vector"):
+                value.mul_(0.5)
+        train(params, optimizer, mesh, steps=2, first=5)
+        found.append(contents(params, optimizer))
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+
+
+def test_replays_begin_anew_when_optimizers_change(meshes):
+    mesh, found = meshes["cuda"], []
+    for replayed in (False, True):
+        params, optimizer = build(mesh, "muon", optimizer_cuda_graph=replayed, optimizer_switch_at=3)
+        train(params, optimizer, mesh)
+        assert optimizer.advance(3)
+        train(params, optimizer, mesh, steps=4, first=3)
+        found.append(contents(params, optimizer))
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_replaying_takes_little_of_the_host(meshes, name):
+    mesh = meshes["cuda"]
+    params, optimizer = build(mesh, name, torch.bfloat16, "bf16")
+    train(params, optimizer, mesh)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer._matrix.step(1.0)
+    launches = sum(event.count for event in profile.key_averages() if event.key.startswith("cudaLaunchKernel"))
+    assert launches < 10
 
 
 @pytest.mark.parametrize("switch", ["legacy", "new"])

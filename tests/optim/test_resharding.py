@@ -84,7 +84,7 @@ def load_and_go_on(grid: Grid, folder: str) -> list[str]:
     ("ranks", "grid", "others", "other_grid"),
     [
         (4, (1, 2, 1, 2), 2, (1, 1, 1, 2)),
-        (1, (1, 1, 1, 1), 4, (1, 2, 2, 1)),
+        pytest.param(1, (1, 1, 1, 1), 4, (1, 2, 2, 1), marks=pytest.mark.long),
         pytest.param(4, (1, 1, 1, 4), 1, (1, 1, 1, 1), marks=pytest.mark.long),
     ],
 )

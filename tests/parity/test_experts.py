@@ -51,7 +51,6 @@ LAYOUTS = {
 }
 OPTIMIZERS = {**cases.OPTIMIZERS, "muon with routers": "--optimizer muon --muon-moe-router --no-muon-split-fc1"}
 DAILY = {
-    ("ep2-tp2", "micro-batch", "muon"),
     ("ep2-fsdp2", "global", "muon"),
     ("ep2-pp2", "sequence", "adam"),
 }

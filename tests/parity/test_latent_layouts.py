@@ -7,6 +7,7 @@ import functools
 import pytest
 
 from tests.parity import cases
+from tests.parity.test_context import LAYOUTS as CONTEXT
 from tests.parity.test_layouts import assert_parity
 
 LATENT = (
@@ -19,8 +20,9 @@ KINDS = {
     "dropout": "--attention-dropout 0.1 --hidden-dropout 0.1 --recompute-granularity selective",
 }
 SCHEMES = {"adam": "", "muon": cases.SCHEMES["completep"], "heads": cases.SCHEMES["mup"]}
-LAYOUTS = ("tp2", "tp2-sp", "pp2", "fsdp2", "tp2-pp2", "tp2-fsdp2")
-DAILY = {("tp2-sp", "latent", "heads")}
+LAYOUTS = {name: cases.LAYOUTS[name] for name in ("tp2", "tp2-sp", "pp2", "fsdp2", "tp2-pp2", "tp2-fsdp2")}
+LAYOUTS |= {name: CONTEXT[name] for name in ("cp2", "cp2-gathered")}
+DAILY = {("tp2-sp", "latent", "adam")}
 MATRIX = [
     pytest.param(layout, kind, optimizer, marks=() if (layout, kind, optimizer) in DAILY else pytest.mark.long)
     for layout in LAYOUTS
@@ -48,7 +50,7 @@ def reference(pool):
 
 @pytest.mark.parametrize(("layout", "kind", "optimizer"), MATRIX)
 def test_layout_matches_one_rank(pool, reference, layout, kind, optimizer):
-    case = cases.LAYOUTS[layout]
+    case = LAYOUTS[layout]
     config = cases.with_layout(cases.config_of(*flags_of(kind, optimizer)), case)
     assert_parity(pool.run(case.ranks, cases.observe, config)[0], reference(kind, optimizer), optimizer)
 

@@ -10,7 +10,7 @@ import torch
 from tests.parity import cases
 
 RECOMPUTE = {"": "", "full": "--recompute-granularity full", "selective": "--recompute-granularity selective"}
-DAILY_FEATURES = {("tp2-sp", "selective"), ("pp2", "full")}
+DAILY_FEATURES = {("pp2", "full")}
 """What of `test_other_features` is in `make test`."""
 LOSS_TOLERANCE = {"adam": 1e-5} | {name: 1e-4 for name in cases.OPTIMIZERS if name != "adam"}
 

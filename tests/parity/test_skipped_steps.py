@@ -49,12 +49,17 @@ def poison(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> N
     output.register_hook(lambda grad: torch.full_like(grad, torch.nan))
 
 
+def local_batch(config: Config, mesh: Mesh, index: int) -> dict[str, torch.Tensor]:
+    """This rank's share of a step, on its device."""
+    return {name: value.to(mesh.device) for name, value in cases.local_batch(config, mesh, index).items()}
+
+
 def train(config: Config, mesh: Mesh, with_broken_step: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
     """State after three steps, and what a broken one before the last changed, whose gradients hold NaN on one rank."""
     step = TrainStep(build_model(config, cases.VOCAB_SIZE, mesh), config, mesh)
     step.initialise()
     for index in range(2):
-        step(cases.local_batch(config, mesh, index), 1.0)
+        step(local_batch(config, mesh, index), 1.0)
     changed: list[str] = []
     if with_broken_step:
         before, guard = state_of(step), Guard(config)
@@ -62,20 +67,23 @@ def train(config: Config, mesh: Mesh, with_broken_step: bool) -> tuple[dict[str,
         if dist.get_rank() == dist.get_world_size() - 1:
             layer = next(module for module in step.model.modules() if isinstance(module, SelfAttention))
             handles.append(layer.register_forward_hook(poison))
-        result = step(cases.local_batch(config, mesh, 2), 1.0, gate=guard.accepts)
+        result = step(local_batch(config, mesh, 2), 1.0, gate=guard.accepts)
         for handle in handles:
             handle.remove()
         assert result.loss.isfinite()
         assert guard.reason == "its gradient norm is nan"
         changed = differences(state_of(step), before)
-    step(cases.local_batch(config, mesh, 3), 1.0)
+    step(local_batch(config, mesh, 3), 1.0)
     return state_of(step), changed
 
 
-def broken_and_whole(config: Config) -> tuple[list[str], list[str]]:
+CPU = torch.device("cpu")
+
+
+def broken_and_whole(config: Config, device: torch.device = CPU) -> tuple[list[str], list[str]]:
     """What the broken step changed at once, and what it changed later."""
     validate(config, dist.get_world_size())
-    mesh = Mesh.build(config, torch.device("cpu"))
+    mesh = Mesh.build(config, device)
     state, changed = train(config, mesh, with_broken_step=True)
     whole, _ = train(config, mesh, with_broken_step=False)
     return changed, differences(state, whole)

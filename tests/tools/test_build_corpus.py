@@ -72,3 +72,25 @@ def test_a_folder_without_sources_is_an_error(tmp_path):
     outcome = build(tmp_path, tmp_path / "out")
     assert outcome.returncode == 2
     assert "too few Python sources" in outcome.stderr
+
+
+def test_several_folders_make_one_corpus(tmp_path, library):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "own.py").write_text("# Only here.\n", encoding="utf-8")
+    (other / "copy.py").write_text("# The number is 7, é.\n\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--output-dir",
+        str(tmp_path / "corpus"),
+        "--source",
+        str(library),
+        str(other),
+    ]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    found = [path for part in ("train", "validation") for path in paths(tmp_path / "corpus" / f"{part}.jsonl")]
+    assert "other/own.py" in found
+    assert "library/package1/module7.py" in found
+    assert "other/copy.py" not in found, "the same text as another file"
+    assert len(found) == 101

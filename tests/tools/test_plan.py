@@ -69,8 +69,6 @@ def test_a_gpu_that_is_too_small(capsys):
     ("flags", "said"),
     [
         ("--world-size 3 --tensor-model-parallel-size 2", "--tensor-model-parallel-size 2"),
-        ("--world-size 1 --num-experts 8", "--num-experts 8"),
-        ("--world-size 2 --context-parallel-size 2", "--context-parallel-size 2"),
         ("--world-size 1 --node-rate 0", "--node-rate 0"),
         ("--world-size 1 --hiden-size 8", "--hidden-size"),
     ],

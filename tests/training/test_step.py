@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_mup.layers.loss import IGNORE
+from megatron_mup.optim.clip import clip_
 from megatron_mup.optim.main_params import local_part
 from tests.runs import batch_of, config_of, relative_error, step_of, values
 
@@ -93,6 +94,31 @@ def test_bf16_keeps_fp32_copies(lone_mesh):
         assert result.loss.dtype == torch.float32
         torch.testing.assert_close(result.loss, want.loss, rtol=5e-3, atol=0)
         torch.testing.assert_close(result.grad_norm, want.grad_norm, rtol=5e-2, atol=0)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_for_fp32_copies(lone_mesh, micro_batches):
+    """Of one micro-batch they stay in bf16, as they came; of several they are summed in fp32. Clipping is in fp32."""
+    config = config_of(f"--bf16 --micro-batch-size 2 --global-batch-size {2 * micro_batches}")
+    step, batch = step_of(config, lone_mesh), batch_of(config)
+    parts = []
+    for part in range(micro_batches):
+        one = {name: value[2 * part : 2 * part + 2] for name, value in batch.items()}
+        step.forward_backward(one, torch.ones(()))
+        step.main.collect_grads()
+        parts.append([main.grad for main in step.main.params])
+        step.main.zero_grad()
+    assert {grad.dtype for grad in parts[0]} == {torch.bfloat16}
+    step.forward_backward(batch, torch.ones(()))
+    step.main.collect_grads()
+    for main, *grads in zip(step.main.params, *parts, strict=True):
+        assert main.grad.dtype == (torch.bfloat16 if micro_batches == 1 else torch.float32)
+        torch.testing.assert_close(main.grad.float(), torch.stack(grads).float().sum(0), rtol=1e-6, atol=1e-7)
+    before = [main.grad.float().clone() for main in step.main.params]
+    clip_(step.main.params, torch.tensor(10.0), 1.0)
+    for main, grad in zip(step.main.params, before, strict=True):
+        assert main.grad.dtype == torch.float32
+        torch.testing.assert_close(main.grad, grad / (10 + 1e-6), rtol=1e-6, atol=0)
 
 
 def test_pure_bf16_has_no_copies(lone_mesh):

@@ -23,7 +23,7 @@ def in_the_middle_of_nowhere(seconds: float) -> None:
 
 
 def test_a_phase_that_lasts(capsys):
-    with Watchdog(0.2 / 60, 3, lambda: 6) as dog:
+    with Watchdog(0.2 / 60, 3, lambda: 7) as dog:
         timer = dog.over(untimed)
         with timer("optimizer"):
             in_the_middle_of_nowhere(0.6)

@@ -12,7 +12,7 @@ from megatron_mup.parametrization.base import BaseSizes
 from megatron_mup.transfer.optimum import find_drift, find_optimum
 from megatron_mup.transfer.proxy import claims, make_proxy
 from megatron_mup.transfer.sizes import pin_base, resize
-from megatron_mup.transfer.sweep import GridAxis, SweepPlan, findings, share, wanted
+from megatron_mup.transfer.sweep import GridAxis, SweepPlan, findings, format_findings, share, wanted
 from megatron_mup.transfer.telescope import TelescopePlan, telescope
 from megatron_mup.transfer.trials import DIVERGED, FAILED, FINISHED, Results, Trial, configured, digest
 
@@ -70,6 +70,24 @@ def test_seeds_give_the_error():
     loud = find_optimum({x: [x * x + d for d in (0, 0.2)] for x in (-1.0, 0.0, 1.0)})
     assert 0 < quiet.error < loud.error
     assert math.isnan(find_optimum({x: [x * x] for x in (-1.0, 0.0, 1.0)}).error), "three points leave nothing over"
+
+
+def test_a_size_with_one_seed_borrows_the_scatter_of_others():
+    """At a spacing of 2 the fit has three points, which leave nothing over."""
+    plan = plan_of(sizes=((64, 2), (128, 2)), seeds=2, axis=axis(-1, 1, 2.0))
+    curve = {-1: 2.1, 0: 2.0, 1: 2.1}
+    done = {plan.trial(size, k, (), 0).key: loss for size in plan.sizes for k, loss in curve.items()}
+    (finding,) = findings(plan, done)
+    assert all(math.isnan(optimum.error) for optimum in finding.optima.values())
+    text = format_findings(plan, [finding])
+    assert "nan" not in text
+    assert "±" in text
+    assert "--seeds 2" in text
+    again = done | {plan.trial((64, 2), k, (), 1).key: loss + 0.02 for k, loss in curve.items()}
+    (finding,) = findings(plan, again)
+    assert all(0 < optimum.error < 0.5 for optimum in finding.optima.values())
+    assert finding.optima[128].error > finding.optima[64].error, "one seed against two"
+    assert "?" not in format_findings(plan, [finding])
 
 
 def test_edges_and_divergence():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +69,14 @@ def our_logits(saved: SavedModel, tokens: list[int]) -> torch.Tensor:
         model = GPT(saved.config, saved.vocab_size, Stage(0, saved.config.model.num_layers)).eval()
     units: list[nn.Module] = list(model.decoder.layers.values())
     units += [m for m in (model.embedding, model.decoder.final_layernorm, model.output_layer) if m is not None]
+    biases = set(model.expert_biases())
     if saved.config.model.untie_embeddings_and_output_weights:
-        _stream(model, units, saved.tensor)
+        _stream(model, units, saved.tensor, biases)
     else:
         # The output layer reads the embedding's own weight.
         assert model.embedding is not None
         _fill(model.embedding, "embedding", saved.tensor)
-        _stream(model, [unit for unit in units if unit is not model.embedding], saved.tensor)
+        _stream(model, [unit for unit in units if unit is not model.embedding], saved.tensor, biases)
     logits: torch.Tensor = model(torch.tensor([tokens]))[:, 0]
     return logits
 
@@ -110,13 +111,15 @@ def hf_logits(config: Any, weights: HFWeights, tokens: list[int]) -> torch.Tenso
     return logits
 
 
-def _stream(model: nn.Module, units: Iterable[nn.Module], read: Callable[[str], torch.Tensor]) -> None:
-    """Gives each unit of a model on the meta device its values for as long as its forward pass takes."""
+def _stream(
+    model: nn.Module, units: Iterable[nn.Module], read: Callable[[str], torch.Tensor], buffers: Container[str] = ()
+) -> None:
+    """Gives each unit of a model on the meta device its values, these buffers too, for as long as its forward takes."""
     names = {module: name for name, module in model.named_modules()}
     for unit in units:
 
         def before(module: nn.Module, _: Any) -> None:
-            _fill(module, names[module], read)
+            _fill(module, names[module], read, buffers)
 
         def after(module: nn.Module, _inputs: Any, _output: Any) -> None:
             module.to("meta")
@@ -125,8 +128,11 @@ def _stream(model: nn.Module, units: Iterable[nn.Module], read: Callable[[str], 
         unit.register_forward_hook(after)
 
 
-def _fill(module: nn.Module, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
+def _fill(module: nn.Module, prefix: str, read: Callable[[str], torch.Tensor], buffers: Container[str] = ()) -> None:
     for name, submodule in module.named_modules():
+        for leaf in list(submodule._buffers):
+            if (full := ".".join(part for part in (prefix, name, leaf) if part)) in buffers:
+                submodule.register_buffer(leaf, read(full).float())
         for leaf in list(submodule._parameters):
             if submodule._parameters[leaf] is not None:
                 full = ".".join(part for part in (prefix, name, leaf) if part)

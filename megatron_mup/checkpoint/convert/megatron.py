@@ -1,4 +1,4 @@
-"""From and to Megatron-LM's checkpoints, dense models."""
+"""From and to Megatron-LM's checkpoints."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from megatron_mup.checkpoint.manifest import Manifest
 from megatron_mup.checkpoint.rescale import Rescaling, quotient
 from megatron_mup.checkpoint.state import MODEL, LazyPiece
 from megatron_mup.checkpoint.whole import SavedModel, open_model
-from megatron_mup.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig, to_dict
+from megatron_mup.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, TrainingConfig, to_dict
 from megatron_mup.config.bounds import check_bounds
+from megatron_mup.config.fields import settings
+from megatron_mup.config.moe_rules import check_moe
 from megatron_mup.config.rules import check_layout, check_model
 from megatron_mup.models.gpt import parameter_metas
 from megatron_mup.parallel.mesh import AXES
@@ -40,7 +42,8 @@ _SAME = (
 """Settings with Megatron's own name and meaning."""
 
 _REFUSED = {
-    "num_experts": None,
+    "moe_shared_expert_gate": False,
+    "moe_latent_size": None,
     "multi_latent_attention": False,
     "rotary_interleaved": False,
     "apply_layernorm_1p": False,
@@ -49,6 +52,37 @@ _REFUSED = {
     "is_hybrid_model": False,
 }
 """Settings that must have this value (or be absent)."""
+
+
+_SAME_OF_EXPERTS = (
+    *("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+    *("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_enable_expert_bias"),
+    *("moe_router_bias_update_rate", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
+)
+"""The same of experts and routers."""
+
+
+def experts_of_arguments(values: Any) -> MoEConfig:
+    """Experts of a run of Megatron-LM.
+
+    Raises:
+        ConfigError: it chooses experts in a way that is missing here.
+    """
+    if not getattr(values, "num_experts", None):
+        return MoEConfig()
+    # There may be several balancing losses there; they don't belong to the model.
+    given = {
+        name: value
+        for name in _SAME_OF_EXPERTS
+        if (value := getattr(values, name, None)) is not None and not isinstance(value, list)
+    }
+    for name, value in given.items():
+        if (setting := settings()[name]).choices and value not in setting.choices:
+            raise ConfigError(f"--load: {setting.flag} {value}", "has no counterpart here", "convert a run without it")
+    if isinstance(frequency := getattr(values, "moe_layer_freq", 1), list | int):
+        frequency = str(frequency)
+    return MoEConfig(**given, moe_layer_freq=frequency)
 
 
 def config_of_arguments(values: Any, vocab_size: int | None = None) -> Config:
@@ -82,7 +116,8 @@ def config_of_arguments(values: Any, vocab_size: int | None = None) -> Config:
     data = DataConfig()
     if kind in ("SentencePieceTokenizer", "HuggingFaceTokenizer") and getattr(values, "tokenizer_model", None):
         data = DataConfig(tokenizer_type=kind, tokenizer_model=str(values.tokenizer_model))
-    return Config(model=model, data=data, training=TrainingConfig(seq_length=values.seq_length))
+    training = TrainingConfig(seq_length=values.seq_length)
+    return Config(model=model, moe=experts_of_arguments(values), data=data, training=training)
 
 
 def from_megatron(
@@ -98,10 +133,13 @@ def from_megatron(
     check_bounds(config)
     check_model(config)
     check_layout(config, 1)
+    check_moe(config, 1)
     assert config.model.vocab_size is not None
     metas = {meta.name: meta for meta in parameter_metas(config, config.model.vocab_size)}
     dtype = weights.tensor(metas["decoder.final_layernorm.weight"]).dtype
     pieces = [_piece(meta, metas, weights, dtype) for meta in metas.values()]
+    if config.moe.moe_router_enable_expert_bias:
+        pieces += [_expert_bias(meta, weights) for meta in metas.values() if meta.role is Role.ROUTER]
     manifest = Manifest(
         iteration=weights.iteration,
         consumed_samples=0,
@@ -125,10 +163,33 @@ def _piece(meta: ParamMeta, metas: dict[str, ParamMeta], weights: MegatronWeight
     )
 
 
+def expert_bias_of(router: ParamMeta) -> str:
+    """Name of the bias beside a router's weight."""
+    return f"{router.name.removesuffix('weight')}expert_bias"
+
+
+def _expert_bias(router: ParamMeta, weights: MegatronWeights) -> LazyPiece:
+    """The bias beside a router's weight that counts in its choice."""
+    name = expert_bias_of(router)
+    assert router.layer is not None
+    shape = (router.shape[0],)
+    return LazyPiece(
+        key=f"{MODEL}/{name}",
+        tensor=torch.empty(shape, device="meta"),
+        shape=shape,
+        offsets=(0,),
+        make=partial(_in_fp32, weights, name, router.layer),
+    )
+
+
+def _in_fp32(weights: MegatronWeights, name: str, layer: int) -> torch.Tensor:
+    return weights.buffer(name, layer).float()
+
+
 def blocks_of(meta: ParamMeta, metas: dict[str, ParamMeta]) -> tuple[Block, ...]:
     """How gate and up lie in a weight, or in the bias of one; empty elsewhere: the rest lies as Megatron's."""
     weight = metas.get(f"{meta.name.rpartition('.')[0]}.weight", meta)
-    return weight.blocks if is_gated(weight) else ()
+    return weight.blocks if is_gated(weight) and meta.experts is None else ()
 
 
 def _ours(meta: ParamMeta, metas: dict[str, ParamMeta], weights: MegatronWeights, dtype: torch.dtype) -> torch.Tensor:
@@ -192,10 +253,8 @@ def to_megatron(
 def _plain(saved: SavedModel) -> tuple[Config, Rescaling]:
     """The configuration without multipliers, and what the weights must take up."""
     config = saved.config
-    if config.moe.num_experts is not None:
-        raise ConfigError(
-            "--num-experts", "experts are not written in Megatron-LM's format", "export to Hugging Face's"
-        )
+    if config.moe.moe_router_sqrt_gates:
+        raise ConfigError("--moe-router-sqrt-gates", "Megatron-LM doesn't have it", "convert a model without it")
     for name, needed in (
         ("window_size", None),
         ("norm_position", "pre"),
@@ -221,10 +280,18 @@ def _theirs(saved: SavedModel, config: Config, fold: Rescaling) -> list[tuple[st
     unties = config.model.untie_embeddings_and_output_weights != saved.config.model.untie_embeddings_and_output_weights
     for meta in metas.values():
         tensor = saved.tensor(meta.name)
+        if meta.experts is not None:
+            matrices = _times(tensor, fold.factor(meta)).chunk(meta.experts)
+            names = [meta.name.replace(".experts.", f".experts.local_experts.{n}.") for n in range(meta.experts)]
+            out += [(name, matrix.clone()) for name, matrix in zip(names, matrices, strict=True)]
+            continue
+        if meta.role is Role.ROUTER and config.moe.moe_router_enable_expert_bias:
+            name = expert_bias_of(meta)
+            out.append((name, saved.tensor(name)))
         weight = metas.get(f"{meta.name.rpartition('.')[0]}.weight", meta)
         parts = split(tensor, weight.blocks)
-        names: list[str | None] = [block.name for block in weight.blocks] or [None]
-        parts = [_times(part, fold.factor(meta, name)) for part, name in zip(parts, names, strict=True)]
+        blocks: list[str | None] = [block.name for block in weight.blocks] or [None]
+        parts = [_times(part, fold.factor(meta, name)) for part, name in zip(parts, blocks, strict=True)]
         value = torch.cat(parts) if is_gated(weight) else fuse(parts, weight.blocks)
         if meta.role in (Role.EMBEDDING, Role.READOUT):
             value = _padded(value, config.model.make_vocab_size_divisible_by)
@@ -264,5 +331,20 @@ def _arguments(config: Config, padded: int) -> Namespace:
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "ckpt_format": "torch",
+        **_arguments_of_experts(config),
     }
     return Namespace(**values)
+
+
+def _arguments_of_experts(config: Config) -> dict[str, Any]:
+    """The same of experts and routers."""
+    if config.moe.num_experts is None:
+        return {"num_experts": None}
+    return {
+        **{name: getattr(config.moe, name) for name in _SAME_OF_EXPERTS},
+        "moe_ffn_hidden_size": config.expert_ffn_size,
+        "moe_layer_freq": [int(has_experts) for has_experts in config.moe.layers(config.model.num_layers)],
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": 1,
+    }

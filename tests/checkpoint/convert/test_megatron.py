@@ -22,6 +22,10 @@ ARCHITECTURES = {
     "gpt2": "--normalization LayerNorm --position-embedding-type learned_absolute --max-position-embeddings 64",
     "biases": "--swiglu --num-query-groups 4",
 }
+EXPERTS = {
+    "experts": "--swiglu --disable-bias-linear --num-experts 4 --moe-ffn-hidden-size 24 "
+    "--moe-shared-expert-intermediate-size 16 --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
+}
 SIZES = "--num-layers 4 --seq-length 64"
 MLP = "mlp.linear_fc1"
 
@@ -184,10 +188,12 @@ def test_there_and_back(tmp_path, architecture, layout, capsys):
     assert sorted(os.listdir(tmp_path / "back")) == ["iter_0000012", "latest_checkpointed_iteration.txt"]
 
 
-def test_multipliers_are_folded(pool, tmp_path):
+@pytest.mark.parametrize("architecture", ["biases", pytest.param("experts", marks=pytest.mark.long)])
+def test_multipliers_are_folded(pool, tmp_path, architecture):
     flags = (
-        f"{SIZES} {ARCHITECTURES['biases']} --parametrization completep --mup-base-hidden-size 16 --base-num-layers 2 "
-        "--mup-base-head-dim 4 --mup-embedding-mult 3.3 --mup-output-mult 1.7 --mup-residual-mult 0.7"
+        f"{SIZES} {(ARCHITECTURES | EXPERTS)[architecture]} --parametrization completep --mup-base-hidden-size 16 "
+        "--base-num-layers 2 --mup-base-head-dim 4 --mup-embedding-mult 3.3 --mup-output-mult 1.7 "
+        "--mup-residual-mult 0.7"
     )
     (outcome,) = pool.launch(1, pretrain, words(flags, f"--save {tmp_path}/run"))
     assert outcome.code == 0, outcome.err

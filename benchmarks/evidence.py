@@ -1,0 +1,221 @@
+"""The measurements behind docs/transfer.md, docs/optimizers.md and the quality of FP8, packed onto a machine's GPUs.
+
+    python benchmarks/evidence.py prepare --work evidence
+    python benchmarks/evidence.py run --work evidence --output results --minutes 60 --workers 5 --alone 2
+    python benchmarks/evidence.py report --output results
+
+`prepare` makes a corpus of the Python sources on this machine, a tokenizer of 4096 pieces and indexed data, without a
+network. `run` trains what `evidence_plan.py` lists, most telling first: --workers processes on every GPU, except on
+--alone GPUs, which train one model at a time for comparisons in wall-clock. It begins nothing that would not be done in
+time, keeps each finished run at once, and goes on where it stopped. `report` fits, draws and tabulates what is there.
+
+--toy runs all of it in a minute on a CPU, for tests. --parts takes some parts, by the beginning of their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evidence_plan import FULL, TOY, Scale, parts_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "sympy", "scipy", "jax")
+"""Installed packages whose sources join those of the standard library, where they are."""
+COLUMNS = (
+    *("part", "trial", "hidden_size", "num_layers", "lr", "muon_lr", "seed"),
+    *("status", "loss", "train_loss", "seconds", "tokens_per_s", "error"),
+)
+MOCK = ["--mock-data", "--vocab-size=4096"]
+THINNED = 10
+"""Steps that a point of a kept curve is the mean of."""
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """Corpus, tokenizer, data; what is there is kept."""
+    work, tools = arguments.work, ROOT / "tools"
+    corpus, tokenizer = work / "corpus", work / "tokenizer.model"
+    installed = [Path(sysconfig.get_path("purelib"), name) for name in PACKAGES]
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = [library / "email", library / "asyncio"] if arguments.toy else [library, *filter(Path.is_dir, installed)]
+    steps: list[tuple[Path, list[str]]] = [
+        (corpus / "train.jsonl", ["build_corpus.py", "--output-dir", str(corpus), "--source", *map(str, sources)]),
+        (tokenizer, ["train_tokenizer.py", "--input", str(corpus / "train.jsonl"), "--output", str(tokenizer)]),
+    ]
+    for part in ("train", "validation"):
+        words = ["preprocess_data.py", "--input", str(corpus / f"{part}.jsonl"), "--output-prefix", str(work / part)]
+        words += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer), "--append-eod"]
+        steps.append((work / f"{part}_text_document.idx", [*words, "--workers", str(os.cpu_count() or 1)]))
+    for made, (tool, *words) in steps:
+        begin = time.monotonic()
+        if not made.exists() and subprocess.run([sys.executable, str(tools / tool), *words]).returncode:
+            return 1
+        print(f"{made.name}: {time.monotonic() - begin:.1f} s", flush=True)
+    return 0
+
+
+def data_flags(work: Path) -> list[str]:
+    """Where a run finds its data, and the vocabulary's size."""
+    from megatron_mup.data.tokenizer import build_tokenizer
+
+    size = build_tokenizer("SentencePieceTokenizer", str(work / "tokenizer.model")).vocab_size
+    paths = [
+        f"--{flag}-data-path={work / part}_text_document"
+        for flag, part in (("train", "train"), ("valid", "validation"))
+    ]
+    tokenizer = ["--tokenizer-type=SentencePieceTokenizer", f"--tokenizer-model={work / 'tokenizer.model'}"]
+    return [*paths, *tokenizer, f"--vocab-size={size}"]
+
+
+def scale_of(arguments: argparse.Namespace) -> Scale:
+    """The sizes, with --steps-factor applied to every length."""
+    scale, factor = TOY if arguments.toy else FULL, arguments.steps_factor
+    lengths = {name: max(4, round(getattr(scale, name) * factor)) for name in ("steps", "optimizer_steps", "fp8_steps")}
+    return replace(scale, **lengths)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains until everything is done or time is up; 1: something is left."""
+    import torch
+
+    from megatron_mup.transfer.trials import Results, digest
+    from megatron_mup.transfer.workers import Job, Place, Workers, told, visible_gpus
+
+    deadline = time.monotonic() + 60 * arguments.minutes
+    parts, problems = parts_of(scale_of(arguments), data_flags(arguments.work), arguments.seeds)
+    parts = [part for part in parts if part.name.startswith(tuple(arguments.parts))]
+    print(*problems, sep="\n", flush=True)
+    kept = {part.name: Results(arguments.work / part.name, digest(part.recipe)) for part in parts}
+    gpus: Sequence[str | None] = visible_gpus() or [None]
+    apart, shared = gpus[: arguments.alone], gpus[arguments.alone :]
+    places = [Place(gpu, alone=True) for gpu in apart] + [
+        Place(gpu) for gpu in shared for _ in range(arguments.workers)
+    ]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    about = {"torch": torch.__version__, "gpus": gpu_names()}
+    about |= {
+        "data": tokens(arguments.work),
+        "command": ["benchmarks/evidence.py", *sys.argv[1:]],
+        "places": [vars(place) for place in places],
+    }
+    (arguments.output / "about.json").write_text(json.dumps(about, indent=1))
+
+    def done() -> dict[str, dict[str, float]]:
+        return {
+            name: {key: float("inf") if r["loss"] is None else r["loss"] for key, r in results.read().items()}
+            for name, results in kept.items()
+        }
+
+    def wanted() -> list[Job]:
+        results = done()
+        results |= {part.proxy.name: {} for part in parts if part.proxy is not None and part.proxy.name not in results}
+        jobs = [
+            Job(
+                part.recipe,
+                trial,
+                str(arguments.work / part.name),
+                urgency=urgency,
+                alone=part.alone and bool(apart),
+                seconds=part.seconds(trial, 1 if part.alone else arguments.workers),
+            )
+            for part in parts
+            for urgency, trial in part.todo(results)
+        ]
+        # Long ones first, so that the end is not left waiting for one.
+        return sorted(jobs, key=lambda job: -job.seconds)
+
+    def finished(job: Job, record: dict[str, Any]) -> None:
+        name = Path(job.folder).name
+        kept[name].append("workers", record)
+        write_row(arguments.output / "trials.csv", {"part": name, **record})
+        if not name.startswith(("completep", "standard")):
+            thin(
+                Path(job.folder, "curves", f"{job.trial.key}.jsonl"), arguments.output / f"{name}--{job.trial.key}.csv"
+            )
+        print(f"{time.monotonic() - deadline + 60 * arguments.minutes:6.1f} s {told(job, record)}", flush=True)
+
+    with Workers(places) as workers:
+        return int(workers.run(wanted, finished, deadline))
+
+
+def gpu_names() -> list[str]:
+    """Names of the machine's GPUs, without opening one here."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def tokens(work: Path) -> dict[str, int]:
+    """Tokens of the data's parts."""
+    from megatron_mup.data.indexed_dataset import IndexedDataset
+
+    return {
+        part: int(IndexedDataset(work / f"{part}_text_document").sequence_lengths.sum())
+        for part in ("train", "validation")
+    }
+
+
+def write_row(file: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line to a table."""
+    new = not file.exists()
+    with open(file, "a", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerow(record)
+
+
+def thin(curve: Path, file: Path) -> None:
+    """Keeps a curve: the mean loss of every few steps, and the steady time of a step."""
+    if not curve.exists():
+        return
+    records = [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()]
+    steps = [r for r in records if "train/lm loss" in r]
+    times = [r["time/step"] for r in steps if "time/step" in r][1:] or [0.0]
+    steady = sorted(times)[len(times) // 2]
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(("iteration", "tokens", "loss", "seconds"))
+        for end in range(THINNED, len(steps) + 1, THINNED):
+            some = steps[end - THINNED : end]
+            loss = sum(r["train/lm loss"] for r in some) / len(some)
+            at = some[-1]["iteration"]
+            writer.writerow((at, some[-1]["train/consumed tokens"], f"{loss:.5f}", f"{at * steady:.4f}"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("prepare", "run", "report"))
+    parser.add_argument("--work", type=Path, default=Path("evidence"), help="folder of data, curves and logs")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of tables and figures")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of the whole run")
+    parser.add_argument("--workers", type=int, default=3, help="processes on a GPU that is shared")
+    parser.add_argument("--alone", type=int, default=1, help="GPUs that train one model at a time")
+    parser.add_argument("--seeds", type=int, default=3, help="at each optimum and its neighbours")
+    parser.add_argument("--steps-factor", type=float, default=1.0, help="of the length of every run")
+    parser.add_argument("--parts", nargs="+", default=[""], help="beginnings of names of parts")
+    parser.add_argument("--toy", action="store_true", help="tiny models for a few steps")
+    arguments = parser.parse_args(argv)
+    arguments.work, arguments.output = arguments.work.resolve(), arguments.output.resolve()
+    if arguments.command == "report":
+        from evidence_report import report
+
+        return report(arguments.output, parts_of(scale_of(arguments), MOCK, arguments.seeds)[0])
+    return {"prepare": prepare, "run": run}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

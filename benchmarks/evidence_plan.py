@@ -1,0 +1,266 @@
+"""What `evidence.py` trains: the parts of the measurement, their recipes, and in which order.
+
+Every part is a sweep (`megatron_mup.transfer.sweep`), of which some have a single point. Within a part all runs see the
+same tokens in the same order of a seed; a run is at most an epoch of the corpus.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_mup.config import Config, ConfigError, parse_config, validate
+from megatron_mup.transfer.optimum import find_optimum
+from megatron_mup.transfer.proxy import parameters
+from megatron_mup.transfer.sizes import pin_base
+from megatron_mup.transfer.sweep import GridAxis, SweepPlan, curves_of, wanted
+from megatron_mup.transfer.trials import Trial, configured
+
+SQRT2 = math.sqrt(2)
+COMPILE_SECONDS, FLOPS = 30.0, 400e12
+"""What the guess at a trial's length counts with; the first trial of a size replaces it."""
+Size = tuple[int, int]
+Done = Mapping[str, float]
+
+MODEL = """
+--swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+--lr-decay-style linear --weight-decay 0.1 --num-workers 2 --eval-interval 1000000
+"""
+SPEED = "--bf16 --torch-compile --cuda-graph-impl local"
+COMPLETEP = "--parametrization completep --qk-layernorm --init-method-std 0.05"
+STANDARD = "--parametrization standard --qk-layernorm --init-method-std 0.05"
+UMUP = "--parametrization umup --no-norm-affine --weight-decay 1.2e-4"
+"""Its decay is a share of the weights in every step, whatever the rate."""
+RATES = {
+    "adam": ("lr", "--optimizer adam --lr 5.6e-3"),
+    "muon": ("muon_lr,lr", "--optimizer muon --muon-lr 4e-2 --lr 1.6e-2"),
+    "dion": ("muon_lr,lr", "--optimizer dion --dion-rank-fraction 0.25 --muon-lr 4e-2 --lr 1.6e-2"),
+    "sso": ("muon_lr,lr", "--optimizer spectral_sphere --muon-lr 4e-2 --lr 1.6e-2"),
+}
+"""What each optimizer's axis moves, and the middle of its grid at the base width."""
+TE = f"{COMPLETEP} --transformer-impl transformer_engine"
+FP8 = {
+    "umup-bf16": (UMUP, 2.0),
+    "umup-static": (f"{UMUP} --fp8-format hybrid --fp8-recipe static", 2.0),
+    "umup-static-critical": (f"{UMUP} --fp8-format hybrid --fp8-recipe static --fp8-critical-bf16", 2.0),
+    "te-bf16": (TE, 5.6e-3),
+    "te-delayed": (f"{TE} --fp8-format hybrid --fp8-recipe delayed", 5.6e-3),
+    "te-tensorwise": (f"{TE} --fp8-format hybrid --fp8-recipe tensorwise", 5.6e-3),
+    "te-blockwise": (f"{TE} --fp8-format e4m3 --fp8-recipe blockwise", 5.6e-3),
+}
+"""Flags and learning rate of the FP8 runs."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes and lengths of all parts.
+
+    Attributes:
+        base: the proxy: hidden size, layers, MLP width, heads.
+        widths, depths: what grows, at the base's depth and width.
+        target: hidden size and layers of the big model.
+        big: hidden size and layers of the model on which optimizers and FP8 are compared.
+        sequence: tokens; of it the four lengths below, in steps of ``batch`` sequences, ``big_batch`` for
+            optimizers, ``fp8_batch`` for FP8.
+        low, high: grid of CompleteP's sweeps, which may grow by two points at an edge.
+    """
+
+    base: tuple[int, int, int, int]
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    target: Size
+    big: Size
+    sequence: int
+    batch: int
+    big_batch: int
+    fp8_batch: int
+    steps: int
+    optimizer_steps: int
+    fp8_steps: int
+    evaluations: int
+    low: int
+    high: int
+    speed: str = SPEED
+
+
+FULL = Scale(
+    base=(256, 4, 768, 4),
+    widths=(256, 512, 1024),
+    depths=(4, 8, 16, 32),
+    target=(1024, 22),
+    big=(768, 13),
+    sequence=512,
+    batch=16,
+    big_batch=32,
+    fp8_batch=8,
+    steps=800,
+    optimizer_steps=600,
+    fp8_steps=2000,
+    evaluations=16,
+    low=-2,
+    high=2,
+)
+TOY = Scale(
+    base=(32, 1, 64, 2),
+    widths=(32, 64),
+    depths=(1, 2),
+    target=(64, 2),
+    big=(64, 1),
+    sequence=32,
+    batch=2,
+    big_batch=4,
+    fp8_batch=2,
+    steps=4,
+    optimizer_steps=4,
+    fp8_steps=4,
+    evaluations=1,
+    low=-1,
+    high=1,
+    speed="",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Length of a part's runs, and its grid."""
+
+    steps: int
+    batch: int
+    low: int
+    high: int
+    spacing: float = SQRT2
+    seeds: int = 1
+    extend: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the measurement.
+
+    Attributes:
+        name: also its folder's.
+        recipe: base sizes written out, vocabulary size given.
+        plan: sizes, grid, seeds.
+        urgency: of the grid; further seeds come 20 later. The least is done first.
+        alone: whether its times count, so that it has a GPU to itself.
+        proxy: part whose best rate at the base size is the middle of this one's grid.
+    """
+
+    name: str
+    recipe: Config
+    plan: SweepPlan
+    urgency: int
+    alone: bool = False
+    proxy: Part | None = None
+
+    def todo(self, results: Mapping[str, Done]) -> list[tuple[int, Trial]]:
+        """Trials that are left, with their urgency; none while the proxy's result is open.
+
+        Args:
+            results: losses by trial, by part.
+        """
+        plan, done = self.plan, results[self.name]
+        if self.proxy is not None:
+            best = self.proxy.best_at_base(results[self.proxy.name])
+            if best is None:
+                return []
+            ks = sorted(range(best + plan.axis.low, best + plan.axis.high + 1), key=lambda k: abs(k - best))
+            trials = [plan.trial(plan.sizes[0], k, (), 0) for k in ks]
+            return [(self.urgency + place, t) for place, t in enumerate(trials) if t.key not in done]
+        return [(self._urgency(trial), trial) for trial in wanted(plan, done)]
+
+    def _urgency(self, trial: Trial) -> int:
+        """The grid at the base size comes first, since others wait for it, and further seeds come late."""
+        if trial.seed != self.plan.first_seed:
+            return self.urgency + 20
+        at_base = (trial.hidden_size, trial.num_layers) == self.base_size
+        return self.urgency - 5 * (at_base)
+
+    @property
+    def base_size(self) -> Size:
+        """Hidden size and layers of the recipe."""
+        return self.recipe.model.hidden_size, self.recipe.model.num_layers
+
+    def seconds(self, trial: Trial, workers: int) -> float:
+        """Guess at how long a trial takes, with what it compiles, on a GPU that so many share."""
+        model, training = configured(self.recipe, trial).model, self.recipe.training
+        assert model.vocab_size is not None
+        assert training.train_iters is not None
+        tokens = training.train_iters * training.micro_batch_size * training.seq_length
+        return COMPILE_SECONDS + 6 * parameters(model, model.vocab_size) * tokens * workers / FLOPS
+
+    def best_at_base(self, done: Done) -> int | None:
+        """Grid point nearest to the fitted optimum at the base size; None while its first seed's grid is incomplete."""
+        own = replace(self.plan, sizes=(self.base_size,), seeds=1)
+        if wanted(own, done):
+            return None
+        (points,) = curves_of(own, done).values()
+        return own.axis.nearest(find_optimum({own.axis.place(k): losses for k, losses in points.items()}).place)
+
+
+def recipe_of(scale: Scale, data: list[str], flags: str, steps: int, batch: int) -> Config:
+    """A recipe at the base size."""
+    hidden, layers, ffn, heads = scale.base
+    sizes = f"--hidden-size {hidden} --num-layers {layers} --ffn-hidden-size {ffn} --num-attention-heads {heads}"
+    length = f"--train-iters {steps} --lr-warmup-iters {max(1, steps // 10)} --eval-iters {scale.evaluations}"
+    batches = f"--seq-length {scale.sequence} --micro-batch-size {batch} --global-batch-size {batch}"
+    # Transformer Engine's recipes act between passes, which a graph leaves out.
+    speed = scale.speed.replace("--cuda-graph-impl local", "") if "transformer_engine" in flags else scale.speed
+    words = shlex.split(f"{MODEL} {sizes} {length} {batches} {flags} {speed}")
+    config = parse_config([*words, *data]).config
+    # The one evaluation is at the end.
+    return pin_base(replace(config, training=replace(config.training, eval_interval=steps)))
+
+
+def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part], list[str]]:
+    """All parts that this version can run, and why others can't.
+
+    Args:
+        scale: sizes.
+        data: flags that say where the data is, ``--vocab-size`` among them.
+        seeds: at each optimum of the transfer sweeps and its neighbours.
+    """
+    base = scale.base[:2]
+    widths = [(width, base[1]) for width in scale.widths]
+    depths = [(base[0], depth) for depth in scale.depths if depth != base[1]]
+    parts: list[Part] = []
+    problems: list[str] = []
+
+    def add(name: str, flags: str, axis: str, sizes: list[Size], urgency: int, run: Run, **more: Any) -> None:
+        try:
+            recipe = recipe_of(scale, data, flags, run.steps, run.batch)
+            grid = GridAxis.of(recipe, axis.split(","), run.spacing, run.low, run.high)
+            plan = SweepPlan(
+                sizes=tuple(sizes), axis=grid, seeds=run.seeds, extend=run.extend, first_seed=recipe.training.seed
+            )
+            for size in sizes:
+                validate(configured(recipe, plan.trial(size, 0, (), 0)), 1)
+        except (ConfigError, SystemExit) as error:  # a flag or a choice that this version doesn't have
+            problems.append(f"{name}: {str(error)[:200]}")
+            return
+        parts.append(Part(name, recipe, plan, urgency, **more))
+
+    grid = Run(scale.steps, scale.batch, scale.low, scale.high, seeds=seeds, extend=2)
+    for optimizer, urgency in (("adam", 10), ("muon", 11)):
+        axis, flags = RATES[optimizer]
+        add(f"completep-{optimizer}", f"{COMPLETEP} {flags}", axis, widths + depths, urgency, grid)
+    proxies = {part.name.removeprefix("completep-"): part for part in parts}
+    for optimizer, urgency in (("adam", 9), ("muon", 25)):
+        axis, flags = RATES[optimizer]
+        run = Run(scale.steps, scale.batch, -2, 2)
+        add(f"target-{optimizer}", f"{COMPLETEP} {flags}", axis, [scale.target], urgency, run, proxy=proxies[optimizer])
+    for optimizer, urgency in (("adam", 14), ("muon", 50)):
+        axis, flags = RATES[optimizer]
+        # Its optimum is expected to fall with the width.
+        run = replace(grid, low=scale.low - 3, high=scale.high - 1, seeds=1, extend=1)
+        add(f"standard-{optimizer}", f"{STANDARD} {flags}", axis, widths, urgency, run)
+    single = Run(scale.fp8_steps, scale.fp8_batch, 0, 0)
+    for name, (flags, rate) in FP8.items():
+        add(f"fp8-{name}", f"{flags} --lr {rate}", "lr", [scale.big], 8, single)
+    three = Run(scale.optimizer_steps, scale.big_batch, -1, 1, spacing=2.0)
+    for optimizer, (axis, flags) in RATES.items():
+        add(f"optimizer-{optimizer}", f"{COMPLETEP} {flags}", axis, [scale.big], 0, three, alone=True)
+    return parts, problems

@@ -1,0 +1,53 @@
+"""Gradient of SwiGLU on interleaved features in one pass over memory: an operation that torch.compile leaves whole.
+
+What the compiler makes of the formula computes each element of gate and up twice, once for either half of the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
+"""Whether there is a kernel for tensors on a GPU."""
+
+
+@functools.cache
+def _kernel() -> ModuleType:
+    """Imported late, so that machines without a GPU need no Triton."""
+    return importlib.import_module("megatron_mup.kernels.swiglu_triton")
+
+
+@torch.library.custom_op("megatron_mup::swiglu_backward", mutates_args=(), device_types="cuda")
+def swiglu_backward(x: torch.Tensor, grad: torch.Tensor, run: int) -> torch.Tensor:
+    """Gradient of ``silu(gate) * up`` by both, computed in fp32.
+
+    Args:
+        x: ``[..., 2 ffn]``, runs of gate and up in turn.
+        grad: gradient of the result, ``[..., ffn]``.
+        run: features in a run, a power of two.
+
+    Returns:
+        Gradient of ``x``.
+    """
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    _kernel().launch(x, grad.contiguous(), out, run)
+    return out
+
+
+@swiglu_backward.register_fake
+def _(x: torch.Tensor, grad: torch.Tensor, run: int) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def swiglu_backward_reference(x: torch.Tensor, grad: torch.Tensor, run: int) -> torch.Tensor:
+    """The plain twin of :func:`swiglu_backward`, which defines it."""
+    gate, up = x.float().unflatten(-1, (-1, 2, run)).unbind(-2)
+    d, share = grad.float().unflatten(-1, (-1, run)), torch.sigmoid(gate)
+    d_gate = d * up * (share + gate * share * (1 - share))
+    return torch.stack([d_gate, d * F.silu(gate)], -2).flatten(-3).to(x.dtype)

@@ -1,0 +1,214 @@
+"""Transformer Engine's products against PyTorch's, in bf16 and in each FP8 recipe, on one GPU and on two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mup.config import Config
+from megatron_mup.kernels.te import obstacle
+from megatron_mup.parallel.mesh import Mesh
+from tests.gpu.gpu_runs import COMPLETEP, EXPERTS, FEATURES, UMUP, gpu_config, gpu_words, share, train
+from tests.runs import pretrain, recorded, relative_error, saved_tensors, step_of
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
+TE = "--bf16 --transformer-impl transformer_engine"
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+@pytest.fixture(autouse=True)
+def clean_process():
+    """Each model compiles anew, or the limit of recompilations would silently make later ones eager."""
+    torch._dynamo.reset()
+
+
+def fp8(recipe: str, kind: str = "hybrid") -> str:
+    """Flags of a recipe; skips the test where it can't run."""
+    if (why := obstacle(recipe)) is not None:
+        pytest.skip(why)
+    return f"{TE} --fp8-format {kind} --fp8-recipe {recipe}"
+
+
+def bf16() -> str:
+    """Flags of the backend without FP8; skips the test where it can't run."""
+    if (why := obstacle(None)) is not None:
+        pytest.skip(why)
+    return TE
+
+
+def first_step(config: Config) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of a step."""
+    mesh, grads = Mesh.build(config, DEVICE), {}
+    step = step_of(config, mesh)
+
+    def look(_loss: torch.Tensor, _norm: torch.Tensor) -> bool:
+        grads.update({main.meta.name: main.grad.clone() for main in step.main.params})
+        return True
+
+    return step(share(config, mesh, 0), 1.0, gate=look).loss, grads
+
+
+def trained(*flags: str, scheme: str = COMPLETEP, steps: int = 5) -> torch.Tensor:
+    """Losses of some steps."""
+    torch._dynamo.reset()
+    config = gpu_config(*flags, scheme=scheme)
+    return train(config, Mesh.build(config, DEVICE), steps)["losses"]
+
+
+MODELS = {"completep": COMPLETEP, "umup": UMUP, "biases": f"{COMPLETEP} {FEATURES}", "experts": EXPERTS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_in_bf16_it_is_the_native_backend(process_group, model):
+    (loss, grads), (want, wanted) = (first_step(gpu_config(f, scheme=MODELS[model])) for f in (bf16(), "--bf16"))
+    torch.testing.assert_close(loss, want, rtol=1e-3, atol=0)
+    for name, grad in wanted.items():
+        # A key's bias has no gradient in truth.
+        if "linear_qkv.bias" not in name:
+            assert relative_error(grads[name], grad) < 2e-2, name
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "e4m3"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_train_as_bf16(process_group, recipe, kind):
+    want, seen = trained("--bf16", steps=8), trained(fp8(recipe, kind), steps=8)
+    assert not torch.equal(seen, want), "nothing was cast"
+    torch.testing.assert_close(seen, want, rtol=3e-2, atol=0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_in_fp8(process_group, recipe):
+    """Of matrices; with those of weights in bf16 they are nearer."""
+    _, want = first_step(gpu_config("--bf16"))
+    mean = {}
+    for flag in ("", "--no-fp8-wgrad"):
+        _, grads = first_step(gpu_config(fp8(recipe), flag))
+        errors = [relative_error(grads[n], g) for n, g in want.items() if "decoder" in n and g.dim() == 2]
+        mean[flag] = sum(errors) / len(errors)
+        assert max(errors) < 0.25, errors
+    assert mean["--no-fp8-wgrad"] < mean[""]
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_compiled(process_group, recipe):
+    """Around the products, which stay eager."""
+    flags = bf16() if recipe is None else fp8(recipe)
+    torch.testing.assert_close(trained(flags, "--torch-compile"), trained(flags), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 8])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_recomputation_changes_nothing(process_group, recipe, micro_batch):
+    """Scales stand still inside a step, so a layer is computed again as it was."""
+    flags = [fp8(recipe), f"--micro-batch-size {micro_batch} --attention-backend unfused"]
+    seen = trained(*flags, "--recompute-granularity full", steps=3)
+    torch.testing.assert_close(seen, trained(*flags, steps=3), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_experts(process_group, recipe):
+    """A token between two experts may go to the other one."""
+    wide = "--moe-shared-expert-intermediate-size 128"
+    seen = trained(fp8(recipe), wide, scheme=EXPERTS)
+    torch.testing.assert_close(seen, trained("--bf16", wide, scheme=EXPERTS), rtol=4e-2, atol=0)
+
+
+def test_layers_left_in_bf16(process_group):
+    flags = "--num-layers 4 --first-last-layers-bf16 --fp8-critical-bf16"
+    seen, want = trained(fp8("tensorwise"), flags), trained("--bf16 --num-layers 4")
+    torch.testing.assert_close(seen, want, rtol=3e-2, atol=0)
+
+
+def test_evaluation_leaves_scales_alone(process_group):
+    losses = []
+    for evaluates in (False, True):
+        config = gpu_config(fp8("delayed"), "--attention-backend unfused")
+        mesh = Mesh.build(config, DEVICE)
+        step = step_of(config, mesh)
+        for number in range(4):
+            losses.append(step(share(config, mesh, number), 1.0).loss.item())
+            if evaluates:
+                step.evaluate(share(config, mesh, 9))
+    assert losses[4:] == pytest.approx(losses[:4], rel=1e-4)
+
+
+def run(folder: Any, name: str, *flags: str) -> dict[int, float]:
+    """A whole run that saves into ``folder``, and goes on with what lies there."""
+    files = f"--save {folder}/run --load {folder}/run --metrics-file {folder}/{name}.jsonl --log-interval 1"
+    outcome = pretrain(gpu_words("--train-iters 6", files, *flags))
+    assert outcome.code == 0, outcome.err
+    return recorded(folder / f"{name}.jsonl", "train/lm loss")
+
+
+@pytest.mark.parametrize("first", ["native", "delayed"])
+def test_a_checkpoint_knows_no_backend(tmp_path, first):
+    """One backend goes on where the other saved, from the very bits."""
+    flags = {"native": "--bf16", "delayed": fp8("delayed")}
+    second = "delayed" if first == "native" else "native"
+    unbroken = run(tmp_path / "whole", "run", flags["native"])
+    run(tmp_path / "broken", "first", flags[first], "--exit-interval 3")
+    went_on = run(tmp_path / "broken", "second", flags[second])
+    assert list(went_on) == [4, 5, 6]
+    assert [went_on[n] for n in (4, 5, 6)] == pytest.approx([unbroken[n] for n in (4, 5, 6)], rel=3e-2)
+    whole, broken = (saved_tensors(tmp_path / name / "run" / "iter_0000006") for name in ("whole", "broken"))
+    assert {n: (v.shape, v.dtype) for n, v in whole.items()} == {n: (v.shape, v.dtype) for n, v in broken.items()}
+
+
+def on_rank(config: Config) -> dict[str, Any]:
+    """Losses, norms and the scales of recipe delayed, on a rank of a pool."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    torch._dynamo.reset()
+    seen = train(config, Mesh.build(config, torch.device("cuda", torch.cuda.current_device())))
+    scales = FP8GlobalStateManager.quantization_state.global_scale_buffer
+    held = {key.split("_")[0]: torch.cat(values).cpu() for key, values in scales.items()}
+    return {"losses": seen["losses"], "norms": seen["norms"], "scales": held}
+
+
+LAYOUTS = {
+    "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "fsdp2": "--data-parallel-sharding-strategy optim_grads_params",
+    "fsdp2-grads": "--data-parallel-sharding-strategy optim_grads",
+    "dp2": "",
+    "pp2": "--pipeline-model-parallel-size 2",
+    "cp2": "--context-parallel-size 2",
+}
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("recipe", [None, "delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_gpus(gpus, layout, recipe):
+    flags = bf16() if recipe is None else fp8(recipe)
+    want = gpus.run(1, on_rank, gpu_config(flags))[0]
+    ranks = gpus.run(2, on_rank, gpu_config(flags, LAYOUTS[layout]))
+    for seen in ranks:
+        torch.testing.assert_close(seen["losses"], want["losses"], rtol=2e-2, atol=0)
+        torch.testing.assert_close(seen["norms"][0], want["norms"][0], rtol=5e-2, atol=0)
+    if recipe == "delayed" and layout != "pp2":
+        for direction, scales in ranks[0]["scales"].items():
+            assert torch.equal(scales, ranks[1]["scales"][direction]), "ranks disagree"
+            assert not torch.equal(scales, torch.ones_like(scales)), "nothing was measured"
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("layout", ["tp2-sp", "fsdp2"])
+def test_two_gpus_compiled_and_recomputed(gpus, layout):
+    flags = fp8("delayed")
+    want = gpus.run(1, on_rank, gpu_config(flags))[0]
+    more = "--torch-compile --recompute-granularity full"
+    for seen in gpus.run(2, on_rank, gpu_config(flags, LAYOUTS[layout], more)):
+        torch.testing.assert_close(seen["losses"], want["losses"], rtol=2e-2, atol=0)
+
+
+@pytest.mark.multi_gpu
+def test_experts_on_two_gpus(gpus):
+    flags = fp8("tensorwise")
+    want = gpus.run(1, on_rank, gpu_config(flags, scheme=EXPERTS))[0]
+    config = gpu_config(flags, "--expert-model-parallel-size 2", scheme=EXPERTS)
+    for seen in gpus.run(2, on_rank, config):
+        torch.testing.assert_close(seen["losses"], want["losses"], rtol=4e-2, atol=0)

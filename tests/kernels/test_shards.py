@@ -1,0 +1,151 @@
+"""Passes over many shards: the twins against plain formulas, and the kernels against the twins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_mup.kernels.shards import (
+    TILE,
+    Momentum,
+    Piece,
+    Pieces,
+    Shards,
+    advance,
+    advance_reference,
+    apply,
+    apply_reference,
+    tile_tables,
+)
+
+STYLES = [Momentum(beta, ema, nesterov) for beta in (0.95, 0.3) for ema in (True, False) for nesterov in (True, False)]
+# Two tensors, in pieces that change places; tiles that are whole, short, and begin at odd elements.
+SIZES = (3 * TILE + 40, 2 * TILE)
+PIECES = (
+    Piece(0, 0, TILE, 2 * TILE, 0),
+    Piece(0, 2 * TILE, 3 * TILE, TILE + 40, 1),
+    Piece(1, 1, 0, TILE, 2),
+    Piece(1, 0, 4 * TILE + 40, 1, 0),
+)
+
+
+def shards(seed: int, dtype: torch.dtype, device: str = "cpu") -> Shards:
+    generator = torch.Generator().manual_seed(seed)
+    found = Shards(len(SIZES), torch.device(device))
+    found.set([torch.randn(size, generator=generator).to(device, dtype) for size in SIZES])
+    return found
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_momentum(style):
+    grads, momenta = shards(0, torch.float32), shards(1, torch.float32)
+    before = [m.double() for m in momenta.tensors]
+    out = torch.full((4 * TILE + 41,), torch.nan)
+    advance(grads, momenta, out, Pieces(PIECES, out.device), style)
+    for piece in PIECES:
+        own = slice(piece.start, piece.start + piece.length)
+        grad, old = grads.tensors[piece.tensor][own].double(), before[piece.tensor][own]
+        share = 1 - style.beta if style.ema else 1.0
+        new = style.beta * old + share * grad
+        torch.testing.assert_close(momenta.tensors[piece.tensor][own].double(), new, rtol=1e-6, atol=1e-6)
+        update = style.beta * new + share * grad if style.nesterov else new
+        got = out[piece.place : piece.place + piece.length]
+        torch.testing.assert_close(got.double(), update, rtol=1e-6, atol=1e-6)
+
+
+def test_without_momenta_gradients_are_packed():
+    grads, out = shards(0, torch.float32), torch.zeros(4 * TILE + 41, dtype=torch.bfloat16)
+    advance(grads, None, out, Pieces(PIECES, out.device), STYLES[0])
+    for piece in PIECES:
+        want = grads.tensors[piece.tensor][piece.start : piece.start + piece.length].bfloat16()
+        assert torch.equal(out[piece.place : piece.place + piece.length], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apply_rounds_once(dtype):
+    values, results = shards(0, dtype), torch.randn(4 * TILE + 41, dtype=torch.float64).to(torch.bfloat16)
+    before = [v.double() for v in values.tensors]
+    gain, change = torch.tensor([0.5, -2.0, 1.0]), torch.tensor([0.0, -0.1, 0.2])
+    apply(values, results, Pieces(PIECES, results.device), gain, change)
+    for piece in PIECES:
+        own = slice(piece.start, piece.start + piece.length)
+        old, result = before[piece.tensor][own], results[piece.place : piece.place + piece.length].double()
+        want = old + gain[piece.matrix] * result + change[piece.matrix].double() * old
+        got = values.tensors[piece.tensor][own].double()
+        torch.testing.assert_close(got, want, rtol=2**-8 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)
+    assert torch.equal(values.tensors[1][TILE + 1 :].double(), before[1][TILE + 1 :]), "no piece, no change"
+
+
+def test_tiles_cover_the_pieces():
+    tables = dict(tile_tables(PIECES, torch.device("cpu"), {0}))
+    assert len(tables[False]) == 2 + 2 + 1 + 1
+    assert True not in tables, "tensor 0 is not aligned, nor do the pieces of tensor 1 begin at a multiple of 8"
+    assert len(dict(tile_tables(PIECES, torch.device("cpu"), ()))[True]) == 3
+    assert sum(int(table[:, 3].sum()) for table in tables.values()) == sum(piece.length for piece in PIECES)
+
+
+def test_other_gradients_are_copied():
+    grads = Shards(2, torch.device("cpu"))
+    scattered = torch.randn(4, 6).bfloat16().t()
+    grads.set_copies([scattered, torch.ones(3)])
+    assert grads.dtype is torch.float32
+    assert torch.equal(grads.tensors[0], scattered.float().reshape(-1))
+
+
+def compare(device: str) -> None:
+    """The kernels against their twins: within rounding, for the compiler contracts products and sums."""
+    from megatron_mup.kernels import shards_triton
+
+    types = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32, torch.float16)
+    for dtype in types:
+        for style in STYLES:
+            for keeps in (True, False):
+                results = []
+                for run in (shards_triton.advance, advance_reference):
+                    grads, momenta = (on_tables(shards(seed, dtype, device)) for seed in (0, 1))
+                    out = torch.zeros(4 * TILE + 41, dtype=types[1], device=device)
+                    run(grads, momenta if keeps else None, out, on_tables(Pieces(PIECES, out.device)), style)
+                    results.append([*momenta.tensors, out])
+                check(*results)
+        results = []
+        for run in (shards_triton.apply, apply_reference):
+            values, packed = on_tables(shards(0, dtype, device)), torch.cat(shards(3, types[1], device).tensors)
+            gain, change = torch.tensor([[0.5, -2.0, 1.0], [0.0, -0.1, 0.2]], device=device)
+            run(values, packed, on_tables(Pieces(PIECES, packed.device)), gain, change)
+            results.append(values.tensors)
+        check(*results)
+
+
+def on_tables(what):
+    """With the tables that only a GPU has otherwise."""
+    if isinstance(what, Pieces):
+        what.tables = what.tables or tile_tables(what.pieces, torch.device("cpu"), ())
+    elif what.table is None:
+        what.table = torch.tensor([tensor.data_ptr() for tensor in what.tensors])
+    return what
+
+
+def check(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    for one, other in zip(got, want, strict=True):
+        rough = one.dtype is not torch.float32
+        torch.testing.assert_close(one, other, rtol=2**-7 if rough else 1e-6, atol=2**-6 if rough else 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_equal_their_twins():
+    compare("cuda")
+
+
+@pytest.mark.long
+def test_kernels_in_the_interpreter():
+    """In a process of its own: Triton reads the environment when it is imported."""
+    pytest.importorskip("triton")
+    code = "import test_shards; test_shards.compare('cpu')"
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, env=env)

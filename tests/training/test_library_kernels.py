@@ -1,0 +1,54 @@
+"""Kernels of other libraries are asked for by flag, and refused where they can't run; so is a schedule."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from megatron_mup.config import ConfigError, parse_config, validate
+from megatron_mup.kernels import libraries
+from megatron_mup.training import precision
+from megatron_mup.training.main import EXIT_CONFIG
+from tests.runs import pretrain, words
+
+
+@pytest.mark.parametrize("flag", ["--adam-impl apex", "--adam-impl transformer_engine", "--norm-impl apex"])
+def test_not_on_cpus(flag):
+    outcome = pretrain(words(flag))
+    assert outcome.code == EXIT_CONFIG
+    assert f"{flag}: the run is on CPUs" in outcome.err
+
+
+@pytest.mark.parametrize(("library", "module"), [("apex", "amp_C"), ("transformer_engine", "transformer_engine")])
+def test_not_without_the_library(monkeypatch, library, module):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision, "_on_gpu", lambda _: True)
+    for name in ("apex", "apex.optimizers"):  # as if its Python part were there
+        monkeypatch.setitem(sys.modules, name, sys)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert libraries.obstacle(library) is not None
+    with pytest.raises(ConfigError, match=rf"(?s)--adam-impl {library}: .*{module}.* install the library"):
+        precision.check_libraries(parse_config(words(f"--adam-impl {library}")).config)
+
+
+def test_fused_adam_keeps_its_moments_in_fp32():
+    with pytest.raises(ConfigError, match=r"--adam-impl apex.*--main-params-dtype bf16.*moments in fp32"):
+        validate(parse_config(words("--adam-impl apex --bf16 --main-params-dtype bf16")).config, 1)
+    validate(parse_config(words("--adam-impl apex --bf16")).config, 1)
+
+
+def test_unused_where_nothing_is_trained_by_adamw():
+    parsed = parse_config(words("--adam-impl apex --optimizer muon --scalar-optimizer lion"))
+    assert any("--adam-impl" in warning for warning in validate(parsed.config, 1, parsed.explicit))
+
+
+def test_experts_in_halves_of_backward_are_refused_on_gpus(monkeypatch):
+    flags = "--pipeline-model-parallel-size 2 --num-experts 4 --moe-ffn-hidden-size 32 --pipeline-schedule"
+    halves, whole = (parse_config(words(f"{flags} {name}")).config for name in ("ZBVZeroBubble", "Interleaved1F1B"))
+    precision.check_schedule(halves)  # on CPUs
+    monkeypatch.setattr(precision, "_on_gpu", lambda _: True)
+    precision.check_schedule(whole)
+    with pytest.raises(ConfigError, match=r"(?s)--pipeline-schedule ZBVZeroBubble, --num-experts 4.*Interleaved1F1B"):
+        precision.check_schedule(halves)
