@@ -34,8 +34,8 @@ class StopRequest:
                 if stop.agreed():
                     ...  # save, leave with EXIT_STOPPED
 
-    On a GPU the number is copied without waiting; :meth:`agreed` waits only until this step's collective is through,
-    so that the host runs at most one step ahead of the device.
+    On a GPU the number is copied without waiting, behind what has been launched before; :meth:`agreed` waits for the
+    copy. Given to :meth:`submit` at the end of a step, it so waits for the step.
 
     Args:
         minutes: allowed time from now on; None for no limit.
