@@ -7,7 +7,8 @@
 `prepare` makes a corpus of the Python sources on this machine, a tokenizer of 4096 pieces and indexed data, without a
 network. `run` trains what `evidence_plan.py` lists, most telling first: --workers processes on every GPU, except on
 --alone GPUs, which train one model at a time for comparisons in wall-clock. It begins nothing that would not be done in
-time, keeps each finished run at once, and goes on where it stopped. `report` fits, draws and tabulates what is there.
+time, keeps each finished run at once, and goes on where it stopped; on another machine, with --resume-from and the
+results of former runs. `report` fits, draws and tabulates what is there.
 
 --toy runs all of it in a minute on a CPU, for tests. --parts takes some parts, by the beginning of their names.
 """
@@ -18,6 +19,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,7 +29,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evidence_plan import FULL, TOY, Scale, parts_of
+from evidence_plan import FULL, TOY, Part, Scale, parts_of
+
+from megatron_mup.config import ConfigError, parse_config, to_yaml
+from megatron_mup.transfer.trials import FAILED, Results, digest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "sympy", "scipy", "jax")
@@ -88,7 +93,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains until everything is done or time is up; 1: something is left."""
     import torch
 
-    from megatron_mup.transfer.trials import Results, digest
     from megatron_mup.transfer.workers import Job, Place, Workers, told, visible_gpus
 
     deadline = time.monotonic() + 60 * arguments.minutes
@@ -109,6 +113,11 @@ def run(arguments: argparse.Namespace) -> int:
         "places": [vars(place) for place in places],
     }
     (arguments.output / "about.json").write_text(json.dumps(about, indent=1))
+    for part in parts:
+        recipe_file(arguments.output, part).parent.mkdir(exist_ok=True)
+        recipe_file(arguments.output, part).write_text(to_yaml(part.recipe), encoding="utf-8")
+    for former in arguments.resume_from:
+        adopt(former, arguments.output, about["data"], parts, kept)
 
     def done() -> dict[str, dict[str, float]]:
         return {
@@ -145,7 +154,67 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{time.monotonic() - deadline + 60 * arguments.minutes:6.1f} s {told(job, record)}", flush=True)
 
     with Workers(places) as workers:
+        for name, results in kept.items():
+            for record in results.read().values():
+                shape = str(arguments.work / name), record["hidden_size"], record["num_layers"]
+                workers.lasted[shape] = record["seconds"]
         return int(workers.run(wanted, finished, deadline))
+
+
+def recipe_file(folder: Path, part: Part) -> Path:
+    """Where a folder of results keeps what a part trained."""
+    return folder / "recipes" / f"{part.name}.yaml"
+
+
+def adopt(
+    former: Path, output: Path, data: Mapping[str, int], parts: Sequence[Part], kept: Mapping[str, Results]
+) -> None:
+    """Takes over what a former run, on whatever machine, has found with the same recipes on the same data.
+
+    Args:
+        former: its folder of results.
+        output: this run's folder of results.
+        data: tokens of this run's data.
+        parts: what may be taken over.
+        kept: where it goes, by part.
+
+    Raises:
+        SystemExit: the former run had other data, or its folder is this run's.
+    """
+    about = json.loads((former / "about.json").read_text(encoding="utf-8"))
+    if former.resolve() == output:
+        raise SystemExit(f"--resume-from {former}: is this run's --output; give another one")
+    if about["data"] != data:
+        raise SystemExit(f"--resume-from {former}: had {about['data']} tokens of data, here are {data}")
+    had = {part.name: set(kept[part.name].read()) for part in parts if had_recipe(former, part)}
+    with open(former / "trials.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            name, trial = row["part"], row["trial"]
+            if name not in had or row["status"] == FAILED or trial in had[name]:
+                continue
+            had[name].add(trial)
+            numbers = {"loss": float(row["loss"]) if row["loss"] else None, "seconds": float(row["seconds"])}
+            sizes = {column: int(row[column]) for column in ("hidden_size", "num_layers")}
+            kept[name].append("former", {**row, **numbers, **sizes})
+            write_row(output / "trials.csv", row)
+            curve = former / f"{name}--{trial}.csv"
+            if curve.exists():
+                shutil.copy(curve, output)
+
+
+def had_recipe(former: Path, part: Part) -> bool:
+    """Whether a former run trained a part with the settings that it has now, wherever its data lay."""
+    file = recipe_file(former, part)
+    if not file.exists():
+        return False
+    try:
+        recipe = replace(parse_config(["--config", str(file)]).config, data=part.recipe.data)
+        same = digest(recipe) == digest(part.recipe)
+    except (ConfigError, SystemExit):  # a flag that is gone
+        same = False
+    if not same:
+        print(f"{former}: {part.name} had other settings; it is run anew", flush=True)
+    return same
 
 
 def gpu_names() -> list[str]:
@@ -204,9 +273,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of the whole run")
     parser.add_argument("--workers", type=int, default=3, help="processes on a GPU that is shared")
     parser.add_argument("--alone", type=int, default=1, help="GPUs that train one model at a time")
-    parser.add_argument("--seeds", type=int, default=3, help="at each optimum and its neighbours")
+    parser.add_argument("--seeds", type=int, default=3, help="around each optimum")
     parser.add_argument("--steps-factor", type=float, default=1.0, help="of the length of every run")
     parser.add_argument("--parts", nargs="+", default=[""], help="beginnings of names of parts")
+    parser.add_argument(
+        "--resume-from", type=Path, nargs="+", default=[], help="results of former runs, which are not run again"
+    )
     parser.add_argument("--toy", action="store_true", help="tiny models for a few steps")
     arguments = parser.parse_args(argv)
     arguments.work, arguments.output = arguments.work.resolve(), arguments.output.resolve()

@@ -52,6 +52,8 @@ FP8 = {
     "te-blockwise": (f"{TE} --fp8-format e4m3 --fp8-recipe blockwise", 5.6e-3),
 }
 """Flags and learning rate of the FP8 runs."""
+SEVERAL = ("umup-bf16", "umup-static")
+"""Those with several seeds, for what eight bits cost is less than what one seed tells."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Part:
         name: also its folder's.
         recipe: base sizes written out, vocabulary size given.
         plan: sizes, grid, seeds.
-        urgency: of the grid; further seeds come 20 later. The least is done first.
+        urgency: of the grid; further seeds come 20 later, the neighbours of a proxy's rate 10. The least is done first.
         alone: whether its times count, so that it has a GPU to itself.
         proxy: part whose best rate at the base size is the middle of this one's grid.
     """
@@ -167,17 +169,22 @@ class Part:
             best = self.proxy.best_at_base(results[self.proxy.name])
             if best is None:
                 return []
-            ks = sorted(range(best + plan.axis.low, best + plan.axis.high + 1), key=lambda k: abs(k - best))
-            trials = [plan.trial(plan.sizes[0], k, (), 0) for k in ks]
-            return [(self.urgency + place, t) for place, t in enumerate(trials) if t.key not in done]
+            # The farther ones tell more about whether there is a better rate than the nearer ones.
+            away = sorted(range(plan.axis.low, plan.axis.high + 1), key=lambda k: -abs(k) if k else -math.inf)
+            trials = [plan.trial(plan.sizes[0], best + k, (), 0) for k in away]
+            return [(self.urgency + 10 * (n > 0), t) for n, t in enumerate(trials) if t.key not in done]
         return [(self._urgency(trial), trial) for trial in wanted(plan, done)]
 
     def _urgency(self, trial: Trial) -> int:
-        """The grid at the base size comes first, since others wait for it, and further seeds come late."""
+        """The grid at the base size comes first, since others wait for it.
+
+        Further seeds come late, first those of the smallest and the largest sizes, which weigh most in a drift.
+        """
+        size = (trial.hidden_size, trial.num_layers)
         if trial.seed != self.plan.first_seed:
-            return self.urgency + 20
-        at_base = (trial.hidden_size, trial.num_layers) == self.base_size
-        return self.urgency - 5 * (at_base)
+            ends = [self.base_size, *(max(self.plan.sizes, key=lambda s, i=i: s[i]) for i in (0, 1))]
+            return self.urgency + 20 + 2 * (size not in ends)
+        return self.urgency - 5 * (size == self.base_size)
 
     @property
     def base_size(self) -> Size:
@@ -194,8 +201,8 @@ class Part:
 
     def best_at_base(self, done: Done) -> int | None:
         """Grid point nearest to the fitted optimum at the base size; None while its first seed's grid is incomplete."""
-        own = replace(self.plan, sizes=(self.base_size,), seeds=1)
-        if wanted(own, done):
+        own = replace(self.plan, sizes=(self.base_size,))
+        if wanted(replace(own, seeds=1), done):
             return None
         (points,) = curves_of(own, done).values()
         return own.axis.nearest(find_optimum({own.axis.place(k): losses for k, losses in points.items()}).place)
@@ -221,7 +228,7 @@ def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part],
     Args:
         scale: sizes.
         data: flags that say where the data is, ``--vocab-size`` among them.
-        seeds: at each optimum of the transfer sweeps and its neighbours.
+        seeds: around each optimum of CompleteP's sweeps, and of the FP8 runs in ``SEVERAL``.
     """
     base = scale.base[:2]
     widths = [(width, base[1]) for width in scale.widths]
@@ -246,7 +253,9 @@ def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part],
     grid = Run(scale.steps, scale.batch, scale.low, scale.high, seeds=seeds, extend=2)
     for optimizer, urgency in (("adam", 10), ("muon", 11)):
         axis, flags = RATES[optimizer]
-        add(f"completep-{optimizer}", f"{COMPLETEP} {flags}", axis, widths + depths, urgency, grid)
+        # AdamW's curves are flat, and need more of them.
+        run = replace(grid, low=scale.low - 1) if optimizer == "adam" else grid
+        add(f"completep-{optimizer}", f"{COMPLETEP} {flags}", axis, widths + depths, urgency, run)
     proxies = {part.name.removeprefix("completep-"): part for part in parts}
     for optimizer, urgency in (("adam", 9), ("muon", 25)):
         axis, flags = RATES[optimizer]
@@ -257,9 +266,9 @@ def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part],
         # Its optimum is expected to fall with the width.
         run = replace(grid, low=scale.low - 3, high=scale.high - 1, seeds=1, extend=1)
         add(f"standard-{optimizer}", f"{STANDARD} {flags}", axis, widths, urgency, run)
-    single = Run(scale.fp8_steps, scale.fp8_batch, 0, 0)
     for name, (flags, rate) in FP8.items():
-        add(f"fp8-{name}", f"{flags} --lr {rate}", "lr", [scale.big], 8, single)
+        run = Run(scale.fp8_steps, scale.fp8_batch, 0, 0, seeds=seeds if name in SEVERAL else 1)
+        add(f"fp8-{name}", f"{flags} --lr {rate}", "lr", [scale.big], 8, run)
     three = Run(scale.optimizer_steps, scale.big_batch, -1, 1, spacing=2.0)
     for optimizer, (axis, flags) in RATES.items():
         add(f"optimizer-{optimizer}", f"{COMPLETEP} {flags}", axis, [scale.big], 0, three, alone=True)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from evidence_plan import Done, Part
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -47,7 +48,9 @@ def described(about: Mapping[str, object]) -> str:
     assert isinstance(data, Mapping)
     gpus = about["gpus"]
     assert isinstance(gpus, list)
-    machine = f"{len(gpus)} x {gpus[0]}" if gpus else "a CPU"
+    places = about["places"]
+    assert isinstance(places, list)
+    machine = f"{len({place['gpu'] for place in places})} x {gpus[0]}" if gpus else "a CPU"
     words = about["command"]
     assert isinstance(words, list)
     return (
@@ -70,7 +73,7 @@ def transfer(part: Part, done: Done, folder: Path) -> str:
 
 
 def target(part: Part, results: Mapping[str, Done]) -> str:
-    """The big model at the proxy's rate, beside its neighbours."""
+    """The big model at the proxy's rate, beside its neighbours, and what the proxies' noise makes of the difference."""
     done = results.get(part.name, {})
     assert part.proxy is not None
     best = part.proxy.best_at_base(results.get(part.proxy.name, {}))
@@ -82,7 +85,15 @@ def target(part: Part, results: Mapping[str, Done]) -> str:
         loss = done.get(part.plan.trial(size, k, (), 0).key)
         if loss is not None:
             lines.append(f"| {axis.at(k)[0][1]:.4g} | {loss:.4f} | {'the proxy says so' if k == best else ''} |")
-    return f"## {part.name}: width {size[0]}, {size[1]} layers\n\n" + "\n".join(lines)
+    text = f"## {part.name}: width {size[0]}, {size[1]} layers\n\n" + "\n".join(lines)
+    ours = done.get(part.plan.trial(size, best, (), 0).key)
+    noises = [o.noise for found in findings(part.proxy.plan, results[part.proxy.name]) for o in found.optima.values()]
+    if ours is not None and noises:
+        text += (
+            f"\n\nThe proxy's rate is {ours - min(done.values()):.4f} above the best; two runs that only chance tells "
+            f"apart differ by {math.sqrt(2) * noises[0]:.4f} (one deviation, from the proxies' noise)."
+        )
+    return text
 
 
 def curve(folder: Path, name: str, trial: str) -> list[tuple[float, float, float]]:
@@ -141,13 +152,16 @@ def optimizers(folder: Path, results: Mapping[str, Done], parts: Sequence[Part])
 
 
 def fp8(results: Mapping[str, Done]) -> str:
-    """Final losses against bf16's of the same model."""
-    lines = ["| run | validation loss | against bf16 |", "|---|---|---|"]
+    """Final losses against bf16's of the same model and seed: mean, and its error where there are several seeds."""
+    lines = ["| run | seeds | validation loss | against bf16, same seeds |", "|---|---|---|---|"]
     for family in ("umup", "te"):
-        plain = next(iter(results.get(f"fp8-{family}-bf16", {}).values()), math.nan)
+        plain = results.get(f"fp8-{family}-bf16", {})
         for name, done in sorted(results.items()):
             if name.startswith(f"fp8-{family}"):
-                loss = next(iter(done.values()))
-                ratio = f"{100 * (loss / plain - 1):+.2f} %" if math.isfinite(plain) else "not run"
-                lines.append(f"| {name.removeprefix('fp8-')} | {loss:.4f} | {ratio} |")
+                ratios = np.array([100 * (loss / plain[trial] - 1) for trial, loss in done.items() if trial in plain])
+                told = f"{ratios.mean():+.2f} %" if len(ratios) else "not run"
+                if len(ratios) > 1:
+                    told += f" ± {ratios.std(ddof=1) / math.sqrt(len(ratios)):.2f} % ({len(ratios)} seeds)"
+                mean = sum(done.values()) / len(done)
+                lines.append(f"| {name.removeprefix('fp8-')} | {len(done)} | {mean:.4f} | {told} |")
     return "## FP8\n\n" + "\n".join(lines) if len(lines) > 2 else ""

@@ -2,8 +2,9 @@
 
     python benchmarks/multipliers.py [--preset dense-1b] [--width-ratio 8] [--rounds 30] [--json] [any flag]
 
-The models are of one shape and lie side by side; each round takes a few steps of every one, in a changing order, so
-that a clock that drifts meets all alike. A row is the median over rounds of a parametrization's time over that of the
+The models are of one shape and lie side by side; each round takes a few steps of every one in a random order, and again
+in the reverse one, so that a clock that drifts meets all alike. On a GPU the device's own clock is read between turns,
+and nothing waits until the round is over. A row is the median over rounds of a parametrization's time over that of the
 standard in the same round, less one, with an interval that holds this median with 95 % (order statistics,
 distribution-free). Further flags are `pretrain.py`'s, for all models.
 """
@@ -11,6 +12,7 @@ distribution-free). Further flags are `pretrain.py`'s, for all models.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -48,37 +50,49 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 class Timed:
-    """One model's step and how long a few of them take."""
+    """One model's step."""
 
     def __init__(self, flags: list[str], device: torch.device) -> None:
         config = parse_config(flags).config
         validate(config, 1)
         self.step, self.batch = prepare(config, device)
-        self.on_gpu = device.type == "cuda"
 
-    def seconds(self, count: int) -> float:
-        """Of one step, the mean over ``count`` after one that isn't counted: the device's time on a GPU, else wall."""
-        marks: list[Any] = []
-        for number in range(count + 1):
+    def take(self, count: int) -> None:
+        """Takes so many steps."""
+        for _ in range(count):
             self.step(self.batch, 1.0)
-            if number in (0, count):
-                marks.append(time.perf_counter())
-                if self.on_gpu:
-                    marks[-1] = torch.cuda.Event(enable_timing=True)
-                    marks[-1].record()
-        if not self.on_gpu:
-            return (marks[1] - marks[0]) / count
-        torch.cuda.synchronize()
-        return marks[0].elapsed_time(marks[1]) / 1e3 / count
 
 
-def rounds(models: dict[str, Timed], count: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of a step in each round, by name."""
+def turns(models: dict[str, Timed], order: list[str], steps: int, on_gpu: bool) -> list[float]:
+    """Seconds of a step in each turn of ``order``, after one that isn't counted: device time on a GPU, else wall."""
+
+    def now() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    models[order[0]].take(1)
+    marks = [now()]
+    for name in order:
+        models[name].take(steps)
+        marks.append(now())
+    if not on_gpu:
+        return [(after - before) / steps for before, after in itertools.pairwise(marks)]
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 / steps for before, after in itertools.pairwise(marks)]
+
+
+def rounds(models: dict[str, Timed], count: int, steps: int, on_gpu: bool) -> dict[str, list[float]]:
+    """Seconds of a step in each round, by name: mean of its two turns."""
     times: dict[str, list[float]] = {name: [] for name in models}
     draw = random.Random(0)
     for _ in range(count):
-        for name in draw.sample(list(models), len(models)):
-            times[name].append(models[name].seconds(steps))
+        order = draw.sample(list(models), len(models))
+        seconds = turns(models, [*order, *reversed(order)], steps, on_gpu)
+        for name, first, second in zip(order, seconds, reversed(seconds), strict=False):
+            times[name].append((first + second) / 2)
     return times
 
 
@@ -107,7 +121,7 @@ def main() -> None:
     parser.add_argument("--width-ratio", type=int, default=8)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="beside the standard, e.g. completep; default: all")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--steps-per-round", type=int, default=4)
+    parser.add_argument("--steps-per-turn", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each row")
     args, rest = parser.parse_known_args()
     # Each model compiles as it would alone: its factors are constants, though an earlier one had others.
@@ -122,8 +136,8 @@ def main() -> None:
         if args.only is None or name.startswith(STANDARD) or name in args.only
     }
     for model in models.values():
-        model.seconds(WARM_UP)
-    for row in rows(rounds(models, args.rounds, args.steps_per_round)):
+        model.take(WARM_UP)
+    for row in rows(rounds(models, args.rounds, args.steps_per_turn, device.type == "cuda")):
         print(json.dumps(row) if args.json else "; ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     if device.type == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")

@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         help="settings to sweep, and the grid points k = LOW..HIGH (default: lr:-3:3)",
     )
     parser.add_argument("--spacing", type=float, default=math.sqrt(2), help="of grids (default: sqrt 2)")
-    parser.add_argument("--seeds", type=int, default=1, help="trials at each optimum and its neighbours (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="trials at each point around an optimum (default: 1)")
     parser.add_argument("--extend", type=int, default=0, help="points that may be added beyond an edge (default: 0)")
     parser.add_argument("--telescope", action="store_true", help="a smaller and finer grid at each width")
     parser.add_argument("--grow", choices=("heads", "head-dim"), default="heads", help="what grows with the width")

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from megatron_mup.transfer.coordinates import Row
+from megatron_mup.transfer.optimum import levelled
 from megatron_mup.transfer.sweep import Curves, Finding, SweepPlan
 from megatron_mup.transfer.verdict import Axis, Verdict, size_of
 
@@ -63,7 +64,8 @@ def coordinate_curves(rows: Sequence[Row], verdicts: Sequence[Verdict], axis: Ax
 def u_curves(plan: SweepPlan, curves: Curves, found: Sequence[Finding], png: str, title: str) -> None:
     """Draws loss over the main axis, a line per size as the muP papers do; one panel per finding.
 
-    Bars span the seeds, stars are the fitted optima; a run that diverged has no point.
+    Bars span the seeds, brought to the level of the first one; stars are the fitted optima; a run that diverged has no
+    point.
 
     Args:
         plan: the sweep.
@@ -79,14 +81,16 @@ def u_curves(plan: SweepPlan, curves: Curves, found: Sequence[Finding], png: str
         axes = figure.add_subplot(math.ceil(len(found) / columns), columns, place + 1)
         for number, (size, optimum) in enumerate(finding.optima.items()):
             model = (size, finding.fixed) if finding.axis == "width" else (finding.fixed, size)
-            points = {k: v for k, v in sorted(curves[model, finding.others].items()) if all(map(math.isfinite, v))}
+            points = {k: list(v.values()) for k, v in sorted(levelled(curves[model, finding.others]).items())}
+            points = {k: v for k, v in points.items() if all(map(math.isfinite, v))}
             values = [2 ** plan.axis.place(k) for k in points]
             means = np.array([np.mean(losses) for losses in points.values()])
             spans = np.array([[m - min(v), max(v) - m] for m, v in zip(means, points.values(), strict=True)]).T
             colour = matplotlib.colormaps["viridis"](number / max(1, len(finding.optima) - 1) * 0.9)
             label = f"{finding.axis} {size}"
             axes.errorbar(values, means, spans, color=colour, marker="o", markersize=3, capsize=2, label=label)
-            axes.plot([2**optimum.place], [optimum.loss], "*", color=colour, markersize=11, markeredgecolor="black")
+            if optimum.problem is None:
+                axes.plot([2**optimum.place], [optimum.loss], "*", color=colour, markersize=11, markeredgecolor="black")
         stays = "layers" if finding.axis == "width" else "hidden size"
         others = "".join(f", {name} {value:g}" for name, value in finding.others)
         axes.set_title(f"{stays} {finding.fixed}{others}", fontsize=9)

@@ -42,7 +42,8 @@ def pin_base(config: Config) -> Config:
     Base sizes that the recipe leaves open are those that it means as it stands: in proportion to its base hidden size,
     or, without one, its own. A size that is no whole number stays open.
     """
-    if scheme_of(config).operations is Operations.UMUP:
+    scheme = scheme_of(config)
+    if scheme.operations is Operations.UMUP:
         return config  # has no base model
     rules, sizes = config.parametrization, BaseSizes.of(config)
     pinned = replace(
@@ -54,7 +55,7 @@ def pin_base(config: Config) -> Config:
         mup_base_q_lora_rank=_whole(sizes.q_lora_rank),
         mup_base_kv_lora_rank=_whole(sizes.kv_lora_rank),
         mup_base_moe_ffn_hidden_size=_whole(sizes.expert_ffn) if config.moe.num_experts else None,
-        base_num_layers=rules.base_num_layers or config.model.num_layers,
+        base_num_layers=(rules.base_num_layers or config.model.num_layers) if scheme.depth else None,
     )
     return replace(config, parametrization=pinned)
 

@@ -9,10 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mup.config import Config
-from megatron_mup.transfer.optimum import Drift, Optimum, find_drift, find_optimum, scatter
+from megatron_mup.transfer.optimum import Drift, Optimum, find_drift, find_optima, levelled
 from megatron_mup.transfer.trials import Trial, start_value
 
 Others = tuple[tuple[str, float], ...]
+
+OCTAVES = 1.0
+"""Distance from the best point within which further seeds are run, its neighbours in any case. Where a minimum lies is
+told by the slope through the points around it, in which a run counts by its distance squared: seeds at the best point
+alone would tell next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class SweepPlan:
         axis: the main axis.
         others: further axes; each combination of their points has curves of its own.
         first_seed: seed of the first round.
-        seeds: trials at the best point and its neighbours.
+        seeds: trials at every point within ``OCTAVES`` of the best one.
         extend: how many points may be added beyond each end where a curve is still falling there.
     """
 
@@ -85,11 +90,14 @@ class SweepPlan:
         return range(self.axis.low - self.extend, self.axis.high + self.extend + 1)
 
 
-Curves = dict[tuple[tuple[int, int], Others], dict[int, list[float]]]
+Points = dict[int, dict[int, float]]
+"""Losses by seed, by grid point."""
+Curves = dict[tuple[tuple[int, int], Others], Points]
+"""By size and values of the other axes."""
 
 
 def curves_of(plan: SweepPlan, done: Mapping[str, float]) -> Curves:
-    """Losses that are known, of all seeds, by curve and grid point.
+    """Losses that are known.
 
     Args:
         plan: the sweep.
@@ -99,8 +107,8 @@ def curves_of(plan: SweepPlan, done: Mapping[str, float]) -> Curves:
     for size, others in itertools.product(plan.sizes, plan.combinations()):
         points = {}
         for k in plan.reach():
-            keys = [plan.trial(size, k, others, seed).key for seed in range(plan.seeds)]
-            if known := [done[key] for key in keys if key in done]:
+            keys = {seed: plan.trial(size, k, others, seed).key for seed in range(plan.seeds)}
+            if known := {seed: done[key] for seed, key in keys.items() if key in done}:
                 points[k] = known
         curves[size, others] = points
     return curves
@@ -110,7 +118,7 @@ def wanted(plan: SweepPlan, done: Mapping[str, float]) -> list[Trial]:
     """The trials of the next round, small models first; none when the sweep is complete.
 
     First the grid with one seed; then one more point beyond an end at which a curve has its minimum, as far as
-    ``extend`` allows; then the other seeds at the best point and its neighbours.
+    ``extend`` allows; then the other seeds at the points around the best one.
     """
     trials: list[Trial] = []
     for (size, others), points in curves_of(plan, done).items():
@@ -123,18 +131,24 @@ def wanted(plan: SweepPlan, done: Mapping[str, float]) -> list[Trial]:
 
 
 def _next(
-    plan: SweepPlan, size: tuple[int, int], others: Others, points: dict[int, list[float]], done: Mapping[str, float]
+    plan: SweepPlan,
+    size: tuple[int, int],
+    others: Others,
+    points: dict[int, dict[int, float]],
+    done: Mapping[str, float],
 ) -> list[Trial]:
-    finite = {k: losses for k, losses in points.items() if all(map(math.isfinite, losses))}
+    finite = {k: losses for k, losses in points.items() if all(map(math.isfinite, losses.values()))}
     if not finite:
         return []
-    best = min(finite, key=lambda k: sum(finite[k]) / len(finite[k]))
+    level = levelled(finite)
+    best = min(finite, key=lambda k: sum(level[k].values()) / len(level[k]))
     beyond = best - 1 if best == min(points) else best + 1 if best == max(points) else None
     if beyond is not None and beyond in plan.reach():
         return [plan.trial(size, beyond, others, 0)]
+    reach = max(1, math.floor(OCTAVES / math.log2(plan.axis.spacing) + 1e-6))
     again = [
         plan.trial(size, k, others, seed)
-        for k in (best - 1, best, best + 1)
+        for k in range(best - reach, best + reach + 1)
         if k in points
         for seed in range(plan.seeds)
     ]
@@ -150,7 +164,7 @@ class Finding:
         fixed: the size that stays.
         others: values of the other axes.
         optima: by size.
-        drift: over them; None with one size.
+        drift: over them; None with one size, and where an optimum has a ``problem``.
     """
 
     axis: str
@@ -161,19 +175,14 @@ class Finding:
 
 
 def findings(plan: SweepPlan, done: Mapping[str, float]) -> list[Finding]:
-    """Optima and drifts: over width for each depth that has several widths, and over depth likewise.
-
-    A size with one seed borrows the scatter of those with several.
-    """
+    """Optima and drifts: over width for each depth that has several widths, and over depth likewise."""
     found = []
     curves = {key: points for key, points in curves_of(plan, done).items() if _fits(points)}
-    noise = scatter(losses for points in curves.values() for losses in points.values())
     for others in plan.combinations():
-        optima = {
-            size: find_optimum({plan.axis.place(k): losses for k, losses in points.items()}, noise=noise)
-            for (size, mine), points in curves.items()
-            if mine == others
-        }
+        mine = {size: points for (size, values), points in curves.items() if values == others}
+        optima = find_optima(
+            {size: {plan.axis.place(k): losses for k, losses in points.items()} for size, points in mine.items()}
+        )
         for axis, growing, fixed in (("width", 0, 1), ("depth", 1, 0)):
             lines: dict[int, dict[int, Optimum]] = defaultdict(dict)
             for size, optimum in optima.items():
@@ -185,8 +194,8 @@ def findings(plan: SweepPlan, done: Mapping[str, float]) -> list[Finding]:
     return found
 
 
-def _fits(points: Mapping[int, Sequence[float]]) -> bool:
-    return any(all(map(math.isfinite, losses)) for losses in points.values())
+def _fits(points: Mapping[int, Mapping[int, float]]) -> bool:
+    return any(all(map(math.isfinite, losses.values())) for losses in points.values())
 
 
 def format_findings(plan: SweepPlan, found: Sequence[Finding]) -> str:
@@ -205,15 +214,20 @@ def format_findings(plan: SweepPlan, found: Sequence[Finding]) -> str:
                 f"  drift per doubling {drift.per_doubling:+.3f}{_margin(drift.error, 3)} in log2 (from size to size "
                 f"{shifts}); half a grid step is {drift.limit:.3f}: {drift.verdict}"
             )
-    inside = [o for finding in found for o in finding.optima.values() if not o.edge]
+        elif problems := [str(size) for size, optimum in finding.optima.items() if optimum.problem]:
+            lines.append(f"  no drift: {finding.axis} {', '.join(problems)} has no optimum inside its grid")
+    noises = sorted({o.noise for finding in found for o in finding.optima.values() if math.isfinite(o.noise)})
+    if noises:
+        lines.append(f"a run's own noise, beside its seed's offset: {', '.join(f'{noise:.4f}' for noise in noises)}")
+    inside = [o for finding in found for o in finding.optima.values() if not o.problem]
     if any(math.isnan(optimum.error) for optimum in inside):
-        lines.append("± ?: three points with one seed each don't tell; take --seeds 2, or a finer grid")
+        lines.append("± ?: so few points with one seed each don't tell; take --seeds 2, or a finer grid")
     return "\n".join(lines)
 
 
 def _shown(optimum: Optimum) -> str:
-    if optimum.edge:
-        return f"{2**optimum.place:.4g} at the {optimum.edge} edge of the grid: extend it (--extend)"
+    if optimum.problem:
+        return f"{2**optimum.place:.4g} is the best, {optimum.problem}"
     return f"{2**optimum.place:.4g} (log2 {optimum.place:.2f}{_margin(optimum.error, 2)})"
 
 

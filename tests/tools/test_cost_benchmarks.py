@@ -47,6 +47,6 @@ def test_a_save_among_steps():
 
 @pytest.mark.long
 def test_parametrizations_in_turn():
-    rows = lines("multipliers.py", "--global-batch-size 2 --rounds 2 --steps-per-round 1 --width-ratio 2")
+    rows = lines("multipliers.py", "--global-batch-size 2 --rounds 2 --steps-per-turn 1 --width-ratio 2")
     assert [row["parametrization"] for row in rows] == ["standard", "standard again", "mup", "completep"]
     assert all(row["ms_per_step"] > 0 and row["rounds"] == 2 for row in rows)

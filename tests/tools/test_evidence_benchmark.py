@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_mup.config import to_yaml
 from megatron_mup.transfer.proxy import parameters
-from megatron_mup.transfer.trials import configured
+from megatron_mup.transfer.trials import Results, configured, digest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -51,12 +54,54 @@ def test_the_target_waits_for_its_proxy(planned):
     target, proxy = named["target-adam"], named["completep-adam"]
     assert target.todo({"target-adam": {}, "completep-adam": {}}) == []
     # The best is a little above the second point.
-    done = {proxy.plan.trial((256, 4), k, (), 0).key: (k - 2.2) ** 2 for k in range(-2, 5)}
+    done = {proxy.plan.trial((256, 4), k, (), 0).key: (k - 2.2) ** 2 for k in range(-3, 5)}
     todo = target.todo({"target-adam": {}, "completep-adam": done})
     rates = [dict(trial.values)["lr"] for _, trial in todo]
     assert rates[0] == pytest.approx(dict(proxy.plan.axis.at(2))["lr"])
     assert len(rates) == 5
+    urgencies = [urgency for urgency, _ in todo]
+    seeds = [urgency for urgency, trial in proxy.todo({proxy.name: done}) if trial.seed != proxy.plan.first_seed]
+    assert urgencies[0] < urgencies[1] < min(seeds), "they are the longest, and can't wait until the end"
     assert {(trial.hidden_size, trial.num_layers) for _, trial in todo} == {FULL.target}
+
+
+def test_results_of_another_machine_are_taken_over(planned, tmp_path):
+    import evidence
+
+    former, output = tmp_path / "former", tmp_path / "output"
+    parts = {part.name: part for part in planned[0] if part.name in ("completep-adam", "completep-muon")}
+    for part in parts.values():
+        file = evidence.recipe_file(former, part)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Where the data lay is no part of what was trained; the rate of decay is.
+        recipe = replace(part.recipe, data=replace(part.recipe.data, data_cache_path="elsewhere"))
+        if part.name == "completep-muon":
+            recipe = replace(recipe, optimizer=replace(recipe.optimizer, weight_decay=0.2))
+        file.write_text(to_yaml(recipe))
+    (former / "about.json").write_text(json.dumps({"data": {"train": 5}}))
+    row = {"hidden_size": 256, "num_layers": 4, "status": "finished", "loss": 2.5, "seconds": 30.0}
+    for part, trial, more in (
+        ("completep-adam", "a", {}),
+        ("completep-adam", "b", {"status": "failed", "loss": None}),
+        ("completep-adam", "c", {"status": "diverged", "loss": None}),
+        ("completep-muon", "d", {}),
+        ("gone", "e", {}),
+    ):
+        evidence.write_row(former / "trials.csv", {"part": part, "trial": trial, **row, **more})
+    (former / "completep-adam--a.csv").write_text("iteration\n")
+    output.mkdir()
+    kept = {name: Results(tmp_path / name, digest(part.recipe)) for name, part in parts.items()}
+    for _ in range(2):
+        evidence.adopt(former, output, {"train": 5}, list(parts.values()), kept)
+    assert {name: {t: r["loss"] for t, r in results.read().items()} for name, results in kept.items()} == {
+        "completep-adam": {"a": 2.5, "c": None},
+        "completep-muon": {},
+    }
+    with open(output / "trials.csv", newline="") as file:
+        assert [line["trial"] for line in csv.DictReader(file)] == ["a", "c"], "once each"
+    assert (output / "completep-adam--a.csv").exists()
+    with pytest.raises(SystemExit, match="tokens of data"):
+        evidence.adopt(former, output, {"train": 6}, list(parts.values()), kept)
 
 
 @pytest.mark.long

@@ -72,7 +72,7 @@ def test_grid(lone_mesh, plan, scheme, optimizer):
     if optimizer == "spectral_sphere":
         chosen = replace(chosen, widths=chosen.widths[:3], depths=chosen.depths[:4])
     # u-muP's learning rates are near 1: at a hundredth of that logits stay what the first weights make of them.
-    own = {"munit": POST_NORM, "umup": "--lr 0.1"}.get(scheme, "")
+    own = {"munit": f"{POST_NORM} --residual-tau 0.4", "umup": "--lr 0.1"}.get(scheme, "")
     flags = f"--parametrization {scheme} --optimizer {optimizer} {own}"
     if plan != "width" and "depth" not in promises(parse_config(flags.split()).config):
         pytest.skip(f"{scheme} promises nothing over depth")
