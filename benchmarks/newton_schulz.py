@@ -3,8 +3,8 @@
     python benchmarks/newton_schulz.py [--sizes 4096x4096,...] [--beside FILE:FUNCTION ...] [--json OUT] [--no-llama]
 
 Others: ``torch.optim.Muon``'s function, emerging-optimizers if it can be imported (also with its symmetric kernel), and
-each FUNCTION of a Python FILE, which takes one bf16 matrix and returns its orthonormal factor. Kernels of FILE that
-tune themselves get no choice but the first of their configurations that has all of ``--tuning``. A function works once
+each FUNCTION of a Python FILE, which takes one bf16 matrix and returns its orthonormal factor. Their kernels that tune
+themselves choose among those of their configurations that ``--tuning`` names. A function works once
 before it is timed, so that compiling and tuning stay out; how long that took is reported as ``start``. All work on
 the same random matrices, several in turn so that the cache holds none.
 
@@ -16,6 +16,7 @@ Gaussian matrix and on one with singular values down to 1e-3. Coefficient sets d
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -29,7 +30,16 @@ import torch
 from megatron_mup.optim.matrix import matrices_at_once
 from megatron_mup.optim.newton_schulz import orthonormalize, orthonormalize_plain
 
-TUNING = "BLOCK_SIZE_M=128,BLOCK_SIZE_N=128,BLOCK_SIZE_K=64,num_stages=3,num_warps=8"
+TUNING = ";".join(
+    [
+        f"BLOCK_SIZE_M={m},BLOCK_SIZE_N={n},BLOCK_SIZE_K=64,num_stages={stages},num_warps={warps}"
+        for m, n, stages, warps in ((128, 128, 3, 8), (128, 128, 4, 4), (128, 256, 3, 8), (64, 128, 4, 4))
+    ]
+    + [
+        f"TILE_M=128,TILE_N=128,TILE_K=64,GROUP_SIZE_M=8,num_stages={stages},num_warps={warps}"
+        for stages, warps in ((3, 4), (4, 4), (3, 8), (4, 8))
+    ]
+)
 Function = Callable[[torch.Tensor], torch.Tensor]
 SIZES = "2048x2048,2048x8192,4096x4096,4096x14336,8192x28672"
 LLAMA_3_8B = {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32}
@@ -41,18 +51,34 @@ def ours(coefficients: str) -> Function:
     return lambda x: orthonormalize(x, 5, coefficients, torch.bfloat16)
 
 
-def settle(module: ModuleType, tuning: dict[str, int]) -> None:
-    """Leaves the kernels of a module one configuration each, so that nothing is tuned."""
+def settle(module: ModuleType, tunings: list[dict[str, int]]) -> None:
+    """Leaves the kernels of a module few configurations to tune over: all of them take minutes."""
     for kernel in vars(module).values():
         configs = getattr(kernel, "configs", None)
         if not configs or not hasattr(kernel, "fn"):
             continue
-        fitting = [c for c in configs if all({**c.kwargs, **vars(c)}.get(k) == v for k, v in tuning.items())]
-        kernel.configs = (fitting or configs)[:1]
-        print(f"{module.__name__}: {kernel.fn.__name__} with {kernel.configs[0]}", flush=True)
+        known = [{**c.kwargs, **vars(c)} for c in configs]
+        fitting = [
+            c
+            for c, has in zip(configs, known, strict=True)
+            if any(all(has.get(k) == v for k, v in t.items()) for t in tunings)
+        ]
+        kernel.configs = fitting or configs[:1]
+        print(f"{module.__name__}: {kernel.fn.__name__} tunes over {len(kernel.configs)} of {len(configs)}", flush=True)
 
 
-def contestants(beside: list[str], tuning: dict[str, int]) -> dict[str, Function]:
+def load(path: str) -> ModuleType:
+    """A Python file as a module."""
+    spec = importlib.util.spec_from_file_location(f"beside_{abs(hash(path))}", path)
+    if not spec or not spec.loader:
+        raise SystemExit(f"--beside takes FILE:FUNCTION; {path!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def contestants(beside: list[str], tunings: list[dict[str, int]]) -> dict[str, Function]:
     """All that can run here, by name."""
     found = {f"ours, {name}": ours(name) for name in ("quintic", "jordan", "polar_express")}
     found["ours without Gram space, quintic"] = lambda x: orthonormalize_plain(x, 5, "quintic", torch.bfloat16)
@@ -74,18 +100,16 @@ def contestants(beside: list[str], tuning: dict[str, int]) -> dict[str, Function
             finally:
                 torch.set_float32_matmul_precision(before)
 
+        settle(importlib.import_module("emerging_optimizers.triton_kernels.syrk"), tunings)
         found["emerging-optimizers, quintic"] = emerging
         found["emerging-optimizers, quintic, syrk"] = lambda x: emerging(x, use_syrk=True)
+    modules: dict[str, ModuleType] = {}
     for place in beside:
         path, _, name = place.rpartition(":")
-        spec = importlib.util.spec_from_file_location(name, path)
-        if not spec or not spec.loader:
-            raise SystemExit(f"--beside takes FILE:FUNCTION, not {place}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        settle(module, tuning)
-        found[name] = getattr(module, name)
+        if path not in modules:
+            modules[path] = load(path)
+            settle(modules[path], tunings)
+        found[name] = getattr(modules[path], name)
     return found
 
 
@@ -155,19 +179,30 @@ def time_set(function: Function, batched: bool, repeats: int, device: str) -> di
     return {"ms": round(median_ms(run, repeats), 1)}
 
 
-def errors(function: Function, device: str) -> dict[str, float]:
-    """Against the SVD in fp64."""
+@functools.cache
+def known() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Matrices by kind, and their orthonormal factors in fp64."""
     generator = torch.Generator().manual_seed(0)
     m, n = 512, 1792
     gaussian = torch.randn(m, n, generator=generator, dtype=torch.float64)
     u, v = (torch.linalg.qr(torch.randn(k, m, generator=generator, dtype=torch.float64)).Q for k in (m, n))
-    hard = (u * torch.logspace(0, -3, m, dtype=torch.float64)) @ v.T
-    result = {}
-    for name, matrix in (("gaussian", gaussian), ("down to 1e-3", hard)):
+    found = {}
+    for name, matrix in (
+        ("gaussian", gaussian),
+        ("down to 1e-3", (u * torch.logspace(0, -3, m, dtype=torch.float64)) @ v.T),
+    ):
         x = matrix.to(torch.bfloat16)
         left, _, right = torch.linalg.svd(x.double(), full_matrices=False)
+        found[name] = (x, left @ right)
+    return found
+
+
+def errors(function: Function, device: str) -> dict[str, float]:
+    """Against the SVD in fp64."""
+    result = {}
+    for name, (x, want) in known().items():
         got = function(x.to(device)).double().cpu()
-        result[f"{name}: orthogonality"] = round((got - left @ right).norm().item() / m**0.5, 4)
+        result[f"{name}: orthogonality"] = round((got - want).norm().item() / len(x) ** 0.5, 4)
         result[f"{name}: largest"] = round(torch.linalg.matrix_norm(got, 2).item(), 4)
     return result
 
@@ -177,44 +212,66 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--beside", action="append", default=[], metavar="FILE:FUNCTION")
-    parser.add_argument("--tuning", default=TUNING, help="NAME=NUMBER,... of kernels of --beside that tune themselves")
+    parser.add_argument(
+        "--tuning", default=TUNING, help="NAME=NUMBER,...;... for kernels of --beside that tune themselves"
+    )
     parser.add_argument("--only", default="", help="run only functions whose name contains this")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-llama", action="store_true", help="without the whole set of a Llama-3-8B")
     parser.add_argument("--json", metavar="OUT", help="file to write")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tuning = {name: int(number) for name, _, number in (pair.partition("=") for pair in args.tuning.split(","))}
-    functions = {name: f for name, f in contestants(args.beside, tuning).items() if args.only in name}
-    report: dict[str, object] = {
+    tunings = [
+        {name: int(number) for name, _, number in (pair.partition("=") for pair in one.split(","))}
+        for one in args.tuning.split(";")
+    ]
+    functions = {name: f for name, f in contestants(args.beside, tunings).items() if args.only in name}
+    found: dict[str, dict[str, float]] = {}
+    for name, f in list(functions.items()):
+        try:
+            found[name] = errors(f, device)
+        except Exception as error:  # another's function that doesn't work here
+            if name.startswith("ours"):
+                raise
+            print(f"without {name}: {error!r}"[:400], flush=True)
+            del functions[name]
+    table: dict[str, dict[str, dict[str, object]]] = {name: {} for name in functions}
+    report = {
         "command": " ".join(sys.argv),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "errors": {name: errors(f, device) for name, f in functions.items()},
+        "tuning": args.tuning,
+        "errors": found,
+        "times": table,
     }
-    columns = [f"{m}x{n}" for m, n in (size.split("x") for size in args.sizes.split(","))]
-    table: dict[str, dict[str, dict[str, object]]] = {name: {} for name in functions}
+    columns = args.sizes.split(",") + ([] if args.no_llama else ["llama-3-8b"])
     for column in columns:
-        m, n = map(int, column.split("x"))
-        count = max(1, min(16, CLEAN_BYTES // (2 * m * n)))
-        inputs = [torch.randn(m, n, device=device).to(torch.bfloat16) for _ in range(count)]
+        inputs = []
+        if column[0].isdigit():
+            m, n = map(int, column.split("x"))
+            count = max(1, min(16, CLEAN_BYTES // (2 * m * n)))
+            inputs = [torch.randn(m, n, device=device).to(torch.bfloat16) for _ in range(count)]
         for name, function in functions.items():
-            table[name][column] = time_matrix(function, inputs, args.repeats)
-        del inputs
-    if not args.no_llama:
-        columns.append("llama-3-8b")
-        for name, function in functions.items():
-            table[name]["llama-3-8b"] = time_set(function, name.startswith("ours"), 2, device)
-    report["times"] = table
-    print(f"{'ms eager / from a graph':36}" + "".join(f"{column:>18}" for column in columns))
+            own = name.startswith("ours")
+            try:
+                if inputs:
+                    table[name][column] = time_matrix(function, inputs, args.repeats)
+                else:
+                    table[name][column] = time_set(function, own, 2, device)
+            except Exception as error:  # another's function that doesn't take this size
+                if own:
+                    raise
+                table[name][column] = {"ms": "-", "error": repr(error)[:200]}
+            print(f"{column:12} {name:40} {table[name][column]}", flush=True)
+        if args.json:  # as far as it got
+            with open(args.json, "w") as file:
+                json.dump(report, file, indent=1)
+    print(f"{'ms eager / from a graph':40}" + "".join(f"{column:>18}" for column in columns))
     for name, row in table.items():
         cells = [f"{row[c]['ms']}" + (f" / {row[c]['graph_ms']}" if "graph_ms" in row[c] else "") for c in columns]
-        print(f"{name:36}" + "".join(f"{cell:>18}" for cell in cells))
-    for name, values in report["errors"].items():  # type: ignore[attr-defined]
-        print(f"{name:36}" + "  ".join(f"{key} {value}" for key, value in values.items()))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        print(f"{name:40}" + "".join(f"{cell:>18}" for cell in cells))
+    for name, values in found.items():
+        print(f"{name:40}" + "  ".join(f"{key} {value}" for key, value in values.items()))
 
 
 if __name__ == "__main__":

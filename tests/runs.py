@@ -40,7 +40,8 @@ def words(*flags: str) -> list[str]:
 def config_of(*flags: str) -> Config:
     """The tiny model's configuration with further flags, valid on one rank unless the layout needs more."""
     config = parse_config(words(*flags)).config
-    if config.parallel.model_parallel_size == config.parallel.expert_model_parallel_size == 1:
+    parallel = config.parallel
+    if {parallel.model_parallel_size, parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size} == {1}:
         validate(config, 1)
     return config
 

@@ -25,6 +25,7 @@ _NOT_ARCHITECTURE = {
     "moe_z_loss_coeff",
     "moe_pad_expert_input_to_capacity",
     "moe_per_layer_logging",
+    "moe_shared_expert_overlap",
 }
 _RATES = ("lr", "muon_lr", "decoupled_lr", "min_lr", "weight_decay")
 

@@ -22,7 +22,9 @@ FILE = "manifest.json"
 def layout_sizes(mesh: Mesh) -> dict[str, int]:
     """Ranks along each axis of the mesh."""
     expert_axes = EXPERT_AXES if mesh.experts is not None else ()
-    return {axis: mesh.size(axis) for axis in (*AXES, *expert_axes)}
+    sizes = {axis: mesh.size(axis) for axis in (*AXES, *expert_axes)}
+    # Checkpoints of versions that had no such axis are of the same layout.
+    return {axis: size for axis, size in sizes.items() if axis != "etp" or size > 1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ def rescale(params: Iterable[MainParam], change: Rescaling) -> None:
         cut = blocks.get(f"{meta.name.rpartition('.')[0]}.weight", ())
         if not cut and (factor := change.factor(meta)) != 1.0:
             value.mul_(factor)
-        rows = torch.arange(value.shape[0], device=value.device) + param.layout.offsets[0]
+        rows = param.layout.rows(value.device)
         for block in cut:
             if (factor := change.factor(meta, block.name)) != 1.0:
                 place = rows % block.period

@@ -17,7 +17,7 @@ MODEL, OPTIMIZER = "model", "optimizer"
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's shard of a global tensor.
+    """This rank's shard of a global tensor, or a part of it where its rows don't follow one another there.
 
     Attributes:
         key: name in the checkpoint.
@@ -72,9 +72,9 @@ def checkpoint_pieces(
     Raises:
         ValueError: a tensor that doesn't have its shard's shape.
     """
-    pieces = [_piece(MODEL, param, param.value) for param in params]
+    pieces = [piece for param in params for piece in _pieces(MODEL, param, param.value)]
     for name, (param, tensor) in (optimizer_state or {}).items():
-        pieces.append(_piece(f"{OPTIMIZER}/{name.partition('/')[0]}", param, tensor))
+        pieces += _pieces(f"{OPTIMIZER}/{name.partition('/')[0]}", param, tensor)
     return pieces
 
 
@@ -83,9 +83,10 @@ def whole_piece(key: str, tensor: torch.Tensor) -> Piece:
     return Piece(key, tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
-def _piece(prefix: str, param: MainParam, tensor: torch.Tensor) -> Piece:
+def _pieces(prefix: str, param: MainParam, tensor: torch.Tensor) -> list[Piece]:
     meta, layout = param.meta, param.layout
     if tuple(tensor.shape) != layout.local_shape:
         raise ValueError(f"{prefix}/{meta.name} has shape {tuple(tensor.shape)}, its shard {layout.local_shape}")
     key = f"{prefix}/{meta.tied_to or meta.name}"
-    return Piece(key, tensor, layout.shape, layout.offsets, is_copy=meta.tied_to is not None)
+    is_copy = meta.tied_to is not None
+    return [Piece(key, part, layout.shape, offsets, is_copy) for offsets, part in layout.rectangles(tensor)]

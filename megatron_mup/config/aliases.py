@@ -120,11 +120,6 @@ _TABLE = (
     Alias(flag="auto-detect-ckpt-format", note="there is one checkpoint format"),
     Alias(flag="ckpt-fully-parallel-save", note=_SHARDED),
     Alias(flag="ckpt-fully-parallel-load", note=_SHARDED),
-    Alias(
-        flag="expert-tensor-parallel-size",
-        only="1",
-        note="ranks share out whole experts (--expert-model-parallel-size); none is split",
-    ),
     Alias(flag="moe-router-dtype", only="fp32", note="the router computes in fp32"),
     Alias(flag="moe-token-dispatcher-type", only="alltoall", note="there is one dispatcher"),
     Alias(flag="moe-grouped-gemm", note="experts of a rank are one grouped product on a GPU"),

@@ -145,6 +145,7 @@ BOUNDS: dict[str, Bound] = {
     "tensor_model_parallel_size": _FROM_ONE,
     "context_parallel_size": _FROM_ONE,
     "expert_model_parallel_size": _FROM_ONE,
+    "expert_tensor_parallel_size": _FROM_ONE,
     "pipeline_model_parallel_size": _FROM_ONE,
     "decoder_first_pipeline_num_layers": _FROM_ZERO,
     "decoder_last_pipeline_num_layers": _FROM_ZERO,

@@ -55,6 +55,13 @@ def _check_transformer_engine(config: Config) -> None:
             "recompute nothing or whole layers (--recompute-granularity full)",
         ),
         (
+            "cuda_graph_impl",
+            training.cuda_graph_impl != "none"
+            and not (config.fp8.fp8_format and config.fp8.fp8_recipe == "tensorwise"),
+            "of its products only those of FP8 recipe tensorwise were seen to train in a graph as they do without",
+            "drop --cuda-graph-impl, use --fp8-format with --fp8-recipe tensorwise",
+        ),
+        (
             "distributed_engine",
             config.parallel.distributed_engine != "native",
             "DeepSpeed's hooks and these layers have not been tried together",

@@ -25,6 +25,9 @@ class MoEConfig:
     moe_shared_expert_intermediate_size: int | None = None
     """Inner width, all shared experts together, of the MLP that every token passes beside its routed experts. Default:
     no shared experts."""
+    moe_shared_expert_overlap: bool = False
+    """Compute shared experts while tokens travel to the ranks of their experts, and gradients back. Bitwise the same
+    step; whether it is faster depends on the network."""
     moe_router_topk: int = 2
     """Experts that each token goes to."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"

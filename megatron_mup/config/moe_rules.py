@@ -9,14 +9,11 @@ from megatron_mup.config.fields import choices, divisors, multiples, settings, t
 
 def check_moe(config: Config, world_size: int) -> None:
     """Mixture of experts in a world of ranks whose other axes have been checked."""
-    moe, ranks = config.moe, config.parallel.expert_model_parallel_size
+    moe = config.moe
     if moe.num_experts is None:
-        if ranks > 1:
-            raise ConfigError(
-                told(config, "expert_model_parallel_size"),
-                "there are no experts",
-                "give --num-experts, or drop it",
-            )
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(config.parallel, name) > 1:
+                raise ConfigError(told(config, name), "there are no experts", "give --num-experts, or drop it")
         return
     if not any(moe.layers(config.model.num_layers)):
         raise ConfigError(
@@ -31,6 +28,7 @@ def check_moe(config: Config, world_size: int) -> None:
             "experts have no capacity",
             "give --moe-expert-capacity-factor, or drop it",
         )
+    _check_expert_tensor(config)
     _check_ranks(config, moe.num_experts, world_size)
 
 
@@ -135,9 +133,34 @@ def _check_groups(config: Config, experts: int) -> None:
         )
 
 
+def _check_expert_tensor(config: Config) -> None:
+    """Ranks that share the matrices of each expert."""
+    width, ranks = config.expert_ffn_size, config.parallel.expert_tensor_parallel_size
+    if ranks == 1:
+        return
+    unit = 8 * ranks if config.training.bf16 else ranks
+    if width % unit:
+        raise ConfigError(
+            f"{settings()['moe_ffn_hidden_size'].shown(width)}, {told(config, 'expert_tensor_parallel_size')}",
+            f"ranks share an expert's width evenly, so it must be a multiple of {unit}"
+            + (" (8 x expert tensor-parallel size) with --bf16" if config.training.bf16 else ""),
+            f"use --moe-ffn-hidden-size {multiples(width, unit)}, or fewer ranks",
+        )
+    if config.training.transformer_impl == "transformer_engine" and config.fp8.fp8_format is not None:
+        raise ConfigError(
+            told(config, "expert_tensor_parallel_size", "fp8_format", "transformer_impl"),
+            "Transformer Engine's FP8 products of experts are not made for parts of them",
+            "use --expert-tensor-parallel-size 1, or --transformer-impl local",
+        )
+
+
 def _check_ranks(config: Config, experts: int, world_size: int) -> None:
     parallel = config.parallel
-    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    tp, ep, etp = (
+        parallel.tensor_model_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
     if tp > 1 and not parallel.sequence_parallel:
         raise ConfigError(
             told(config, "num_experts", "tensor_model_parallel_size"),
@@ -151,17 +174,25 @@ def _check_ranks(config: Config, experts: int, world_size: int) -> None:
             f"use --expert-model-parallel-size {choices(divisors(experts))}",
         )
     stage = tp * config.sharding_size(world_size)
-    if stage % ep:
+    if stage % etp:
         raise ConfigError(
-            told(config, "expert_model_parallel_size"),
+            told(config, "expert_tensor_parallel_size"),
             f"a pipeline stage has {stage} ranks (tensor x context x data), no multiple of it",
-            f"use --expert-model-parallel-size {choices([d for d in divisors(stage) if experts % d == 0])}",
+            f"use --expert-tensor-parallel-size {choices(divisors(stage))}",
         )
-    instances, copies = parallel.num_distributed_optimizer_instances, stage // ep
-    if copies % instances:
-        fitting = [d for d in divisors(stage) if experts % d == 0 and stage // d % instances == 0]
+    cuts = ["expert_model_parallel_size"] + ["expert_tensor_parallel_size"] * (etp > 1)
+    if stage // etp % ep:
         raise ConfigError(
-            told(config, "num_distributed_optimizer_instances", "expert_model_parallel_size"),
+            told(config, *cuts),
+            f"a pipeline stage has {stage} ranks (tensor x context x data), no multiple of "
+            + ("it" if etp == 1 else "their product"),
+            f"use --expert-model-parallel-size {choices([d for d in divisors(stage // etp) if experts % d == 0])}",
+        )
+    instances, copies = parallel.num_distributed_optimizer_instances, stage // (ep * etp)
+    if copies % instances:
+        fitting = [d for d in divisors(stage // etp) if experts % d == 0 and stage // (d * etp) % instances == 0]
+        raise ConfigError(
+            told(config, "num_distributed_optimizer_instances", *cuts),
             f"each expert is held by {copies} ranks (or their shards), which don't divide by {instances} instances",
             f"use --expert-model-parallel-size {choices(fitting)}" if fitting else "use fewer instances",
         )

@@ -23,6 +23,9 @@ class ParallelConfig:
     expert_model_parallel_size: int = 1
     """Ranks that share out the experts of a layer. They are the stage's tensor-, context- and data-parallel ranks, laid
     out anew, so this size multiplies no number of ranks."""
+    expert_tensor_parallel_size: int = 1
+    """Ranks that share the matrices of each expert, whatever --tensor-model-parallel-size is. They are ranks of the
+    stage too, laid out anew with those of --expert-model-parallel-size."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share out the layers. Each holds one stage of the pipeline, or several."""
     decoder_first_pipeline_num_layers: int | None = None

@@ -333,7 +333,6 @@ def check_cuda_graph(config: Config, world_size: int) -> None:
         (("hidden_dropout", "attention_dropout"), dropout, "its keys come from the host"),
         (("diagnostics_interval",), config.logging.diagnostics_interval is not None, "a diagnosis looks inside"),
         (("distributed_engine",), config.parallel.distributed_engine != "native", "the engine has a step of its own"),
-        (("transformer_impl",), config.training.transformer_impl != "local", "its recipes act between passes"),
     ):
         if wrong:
             raise ConfigError(told(config, "cuda_graph_impl", *names), why, "drop --cuda-graph-impl")

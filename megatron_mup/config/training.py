@@ -34,8 +34,8 @@ class TrainingConfig:
     main_params_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which the optimizer keeps weights and state with --bf16."""
     recompute_granularity: Literal["none", "full", "selective"] = "none"
-    """Recompute activations in backward: whole layers; or all but the matrix products and attention. Under
-    --torch-compile the latter keeps each layer's input and attention's output alone, and takes products again."""
+    """Recompute activations in backward: whole layers; or all but the matrix products and attention. Layers that
+    --torch-compile compiles in pieces, for experts or context parallelism, take products in the pieces again."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Which layers --recompute-granularity full takes: all, in chunks of --recompute-num-layers; or the first so many
     of a stage."""

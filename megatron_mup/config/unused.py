@@ -124,6 +124,8 @@ def _layout(config: Config, world_size: int) -> Iterable[tuple[list[str], bool, 
     alone = parallel.tensor_model_parallel_size == 1
     yield ["sequence_parallel"], parallel.sequence_parallel and alone, "the tensor-parallel size is 1"
     yield ["cp_comm_type"], parallel.context_parallel_size == 1, "the context-parallel size is 1"
+    idle = config.moe.moe_shared_expert_intermediate_size is None or parallel.expert_model_parallel_size == 1
+    yield ["moe_shared_expert_overlap"], idle, "there are no shared experts, or no tokens travel to other ranks"
     cut = [*_names("account_for_", "pipeline_schedule", "pipeline_model_parallel_layout", "num_virtual_stages_")]
     cut += [*_names("decoder_first_", "decoder_last_"), "num_layers_per_virtual_pipeline_stage"]
     yield cut, parallel.pipeline_model_parallel_size == 1, "the pipeline has one stage"

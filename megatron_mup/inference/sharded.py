@@ -39,7 +39,8 @@ def load_sharded(
     pieces = []
     for name, param in model.named_parameters():
         meta, layout = model.metas[name], Layout.of(model.metas[name], mesh)
-        pieces.append(Piece(f"{MODEL}/{meta.tied_to or name}", param, layout.shape, layout.offsets))
+        key = f"{MODEL}/{meta.tied_to or name}"
+        pieces += [Piece(key, part, layout.shape, offsets) for offsets, part in layout.rectangles(param)]
     pieces += [whole_piece(f"{MODEL}/{name}", bias) for name, bias in model.expert_biases().items()]
     load(saved.path, pieces, config)
     return model.to(compute_dtype(config)), mesh, config

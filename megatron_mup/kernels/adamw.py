@@ -38,6 +38,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
     step: int,
+    scale: torch.Tensor | None = None,
 ) -> None:
     """One step of decoupled AdamW (Loshchilov and Hutter, arXiv 1711.05101), in place, computed in fp32.
 
@@ -51,6 +52,7 @@ def adamw_(
         copy: takes the new weight in a precision of its own, likewise; or None.
         lr, betas, eps, weight_decay: AdamW's.
         step: t, 1 in the first step.
+        scale: 0-d fp32 on the same device, a factor on g; None is 1.
     """
     _kernel().launch(
         value,
@@ -58,6 +60,7 @@ def adamw_(
         exp_avg,
         exp_avg_sq,
         copy,
+        scale,
         decay=1 - lr * weight_decay,
         size=lr / (1 - betas[0] ** step),
         betas=betas,

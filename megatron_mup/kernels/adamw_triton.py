@@ -16,6 +16,7 @@ def _adamw(
     exp_avg,
     exp_avg_sq,
     copy,
+    scale,
     numel,
     decay,
     size,
@@ -24,11 +25,14 @@ def _adamw(
     root,
     eps,
     HAS_COPY: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     g = tl.load(grad + at, mask=inside).to(tl.float32)
+    if HAS_SCALE:
+        g *= tl.load(scale)
     mean = tl.load(exp_avg + at, mask=inside).to(tl.float32)
     square = tl.load(exp_avg_sq + at, mask=inside).to(tl.float32)
     x = tl.load(value + at, mask=inside).to(tl.float32)
@@ -48,6 +52,7 @@ def launch(
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
     copy: torch.Tensor | None,
+    scale: torch.Tensor | None,
     *,
     decay: float,
     size: float,
@@ -63,6 +68,7 @@ def launch(
         exp_avg,
         exp_avg_sq,
         value if copy is None else copy,
+        value if scale is None else scale,
         count,
         decay,
         size,
@@ -70,5 +76,6 @@ def launch(
         root,
         eps,
         HAS_COPY=copy is not None,
+        HAS_SCALE=scale is not None,
         BLOCK=_BLOCK,
     )

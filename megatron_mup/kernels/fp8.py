@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-
-def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounded to FP8, to the nearest and then to even; what is out of range becomes its end. NaN stays NaN."""
-    limit = torch.finfo(dtype).max
-    return x.clamp(-limit, limit).to(dtype)
+from megatron_mup.kernels.fp8_casts import E4M3, E5M2, both_ways, saturated, transposed
 
 
 @torch.compiler.assume_constant_result
@@ -44,8 +38,17 @@ def fp8_product_reference(a: torch.Tensor, b: torch.Tensor, factor: float, dtype
     return (a.float() @ b.float().t() * factor).to(dtype)
 
 
+def _cast_weight(weight: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight in FP8, and what backward is to have of it: itself, which it will cast, or the cast's transpose."""
+    return both_ways(weight, E4M3) if keep else (saturated(weight, E4M3), weight)
+
+
+def _columns(kept: torch.Tensor) -> torch.Tensor:
+    return kept if kept.dtype == E4M3 else transposed(kept, E4M3)
+
+
 class _Linear(torch.autograd.Function):
-    """Keeps the input in FP8, and the weight as it is: a cast is cheaper than a second copy of all parameters."""
+    """Keeps the input in FP8."""
 
     @staticmethod
     def forward(
@@ -55,22 +58,24 @@ class _Linear(torch.autograd.Function):
         factors: tuple[float, float, float],
         gradient: torch.dtype,
         gradient_scale: float,
+        keep: bool,
     ) -> torch.Tensor:
         rows = saturated(x.flatten(0, -2), E4M3)
-        ctx.save_for_backward(rows, weight)
-        ctx.factors, ctx.gradient, ctx.gradient_scale = factors, gradient, gradient_scale
-        y = fp8_product(rows, saturated(weight, E4M3), factors[0], x.dtype, fast=True)
+        cast, kept = _cast_weight(weight, keep)
+        ctx.save_for_backward(rows, kept)
+        ctx.factors, ctx.gradient, ctx.gradient_scale, ctx.dtype = factors, gradient, gradient_scale, weight.dtype
+        y = fp8_product(rows, cast, factors[0], x.dtype, fast=True)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        rows, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, kept = ctx.saved_tensors
         _, of_weight, of_input = (factor / ctx.gradient_scale for factor in ctx.factors)
         flat = saturated(grad.flatten(0, -2) * ctx.gradient_scale, ctx.gradient)
-        columns = saturated(weight, E4M3).t().contiguous()
-        grad_x = fp8_product(flat, columns, of_input, grad.dtype, fast=False)
-        grad_weight = fp8_product(flat.t().contiguous(), rows.t().contiguous(), of_weight, weight.dtype, fast=False)
-        return grad_x.unflatten(0, grad.shape[:-1]), grad_weight, None, None, None
+        grad_x = fp8_product(flat, _columns(kept), of_input, grad.dtype, fast=False)
+        operands = transposed(flat, ctx.gradient), transposed(rows, E4M3)
+        grad_weight = fp8_product(*operands, of_weight, ctx.dtype, fast=False)
+        return grad_x.unflatten(0, grad.shape[:-1]), grad_weight, None, None, None, None
 
 
 def fp8_linear(
@@ -79,6 +84,7 @@ def fp8_linear(
     factors: tuple[float, float, float] = (1.0, 1.0, 1.0),
     gradient: torch.dtype = E5M2,
     gradient_scale: float = 1.0,
+    keep: bool = False,
 ) -> torch.Tensor:
     """A linear layer without bias, its products in FP8.
 
@@ -88,8 +94,9 @@ def fp8_linear(
         factors: on the output, the gradient of the weight and that of the input; the products apply them.
         gradient: FP8 type of the output's gradient.
         gradient_scale: brings that gradient near unit scale; its results are divided by it.
+        keep: the weight's cast for backward, a byte for each element, instead of casting it again.
 
     Returns:
         ``[..., out]`` of x's type.
     """
-    return _Linear.apply(x, weight, factors, gradient, gradient_scale)
+    return _Linear.apply(x, weight, factors, gradient, gradient_scale, keep)

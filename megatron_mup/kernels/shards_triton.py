@@ -54,6 +54,7 @@ def _advance_kernel(
     grads,
     momenta,
     out,
+    squares,
     beta,
     weight,
     GRAD: tl.constexpr,
@@ -61,6 +62,7 @@ def _advance_kernel(
     KEEPS: tl.constexpr,
     EMA: tl.constexpr,
     NESTEROV: tl.constexpr,
+    SQUARES: tl.constexpr,
     WHOLE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -78,7 +80,11 @@ def _advance_kernel(
         if NESTEROV:
             average = stored.to(tl.float32)
             update = (_lerp(fresh, average, beta) if EMA else fresh + beta * average).to(MOMENTUM)
-    _store(_elements(out, place, WHOLE, TILE), update.to(out.dtype.element_ty), length, WHOLE, TILE)
+    written = update.to(out.dtype.element_ty)
+    _store(_elements(out, place, WHOLE, TILE), written, length, WHOLE, TILE)
+    if SQUARES:
+        exact = written.to(tl.float32)
+        tl.store(squares + tl.program_id(0), tl.sum(exact * exact, 0))
 
 
 @triton.jit
@@ -91,14 +97,24 @@ def _apply_kernel(tiles, values, results, gain, change, VALUE: tl.constexpr, WHO
     _store(where, (value + delta).to(VALUE), length, WHOLE, TILE)
 
 
-def advance(grads: Shards, momenta: Shards | None, out: torch.Tensor, pieces: Pieces, momentum: Momentum) -> None:
-    """Runs the kernel; arguments as for ``shards.advance``."""
+def advance(
+    grads: Shards, momenta: Shards | None, out: torch.Tensor, pieces: Pieces, momentum: Momentum, squared: bool = False
+) -> torch.Tensor | None:
+    """Runs the kernel; arguments as for ``shards.advance``.
+
+    Returns:
+        If ``squared``, sums of squares of what was written, fp32 by tile, and a zero at the end.
+    """
+    count = sum(len(tiles) for _, tiles in pieces.tables)
+    squares = torch.zeros(count + 1, device=out.device) if squared and count else None
+    first = 0
     for whole, tiles in pieces.tables:
         _advance_kernel[(len(tiles),)](
             tiles,
             grads.table,
             grads.table if momenta is None else momenta.table,
             out,
+            tiles if squares is None else squares[first:],
             momentum.beta,
             1 - momentum.beta,
             GRAD=_TYPES[grads.dtype],
@@ -106,9 +122,12 @@ def advance(grads: Shards, momenta: Shards | None, out: torch.Tensor, pieces: Pi
             KEEPS=momenta is not None,
             EMA=momentum.ema,
             NESTEROV=momentum.nesterov,
+            SQUARES=squares is not None,
             WHOLE=whole,
             TILE=TILE,
         )
+        first += len(tiles)
+    return squares
 
 
 def apply(values: Shards, results: torch.Tensor, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor) -> None:

@@ -121,7 +121,7 @@ def _product(
     return acc
 
 
-@triton.jit(do_not_specialize=["alpha", "beta", "diagonal", "k", "programs", "columns"])
+@triton.jit(do_not_specialize=["alpha", "beta", "diagonal", "k", "matrices", "columns"])
 def _kernel(
     a,
     b,
@@ -133,7 +133,7 @@ def _kernel(
     beta,
     diagonal,
     k,
-    programs,
+    matrices,
     columns,
     COLUMNS: tl.constexpr,
     HAS_D: tl.constexpr,
@@ -144,18 +144,20 @@ def _kernel(
     SPECIALIZE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One program computes two cells side by side; the last ones of a matrix each one cell of the diagonal."""
+    """One program computes two cells side by side, the last ones each one cell of a diagonal: the small ones last."""
     program = tl.program_id(0)
-    matrix = program // programs
-    t = program % programs
-    if t < columns * columns:
-        i, j = _pair(t, columns, BAND)
+    pairs = columns * columns
+    if program < matrices * pairs:
+        matrix = program // pairs
+        i, j = _pair(program % pairs, columns, BAND)
         two = _product(a, b, matrix, i * CELL, 2 * j * CELL, k, COLUMNS, CELL, 2 * CELL, DEPTH, SPECIALIZE)
         left, right = tl.split(tl.permute(tl.reshape(two, (CELL, 2, CELL)), (0, 2, 1)))
         _store_cell(left, c, d, scale, alpha, beta, diagonal, matrix, i, 2 * j, HAS_D, HAS_SCALE, CELL, DTYPE)
         _store_cell(right, c, d, scale, alpha, beta, diagonal, matrix, i, 2 * j + 1, HAS_D, HAS_SCALE, CELL, DTYPE)
     else:
-        i = 2 * (t - columns * columns) + 1
+        rest = program - matrices * pairs
+        matrix = rest // columns
+        i = 2 * (rest % columns) + 1
         one = _product(a, b_cell, matrix, i * CELL, i * CELL, k, COLUMNS, CELL, CELL, DEPTH, SPECIALIZE)
         _store_cell(one, c, d, scale, alpha, beta, diagonal, matrix, i, i, HAS_D, HAS_SCALE, CELL, DTYPE)
 
@@ -177,13 +179,12 @@ def launch(
     matrices, n = out.shape[:2]
     k = a.shape[1 if by_columns else 2]
     columns = triton.cdiv(n, 2 * _CELL)
-    programs = columns * columns + columns
     tuning = tuning or TUNING
     cell = [1, tuning.depth, _CELL] if by_columns else [1, _CELL, tuning.depth]
     pair = [1, tuning.depth, 2 * _CELL] if by_columns else [1, 2 * _CELL, tuning.depth]
     left = TensorDescriptor.from_tensor(a, cell)
     target = TensorDescriptor.from_tensor(out, [1, _CELL, _CELL])
-    _kernel[(matrices * programs,)](
+    _kernel[(matrices * columns * (columns + 1),)](
         left,
         TensorDescriptor.from_tensor(b, pair),
         left if a is b else TensorDescriptor.from_tensor(b, cell),
@@ -194,7 +195,7 @@ def launch(
         beta,
         diagonal,
         k,
-        programs,
+        matrices,
         columns,
         COLUMNS=by_columns,
         HAS_D=d is not None,

@@ -21,7 +21,7 @@ def obstacle(recipe: str | None) -> str | None:
         recipe: the FP8 recipe asked for; None in bf16.
     """
     if not torch.cuda.is_available():
-        return "it runs on NVIDIA GPUs alone, and there is none"
+        return "there is no CUDA device"
     try:
         import transformer_engine.pytorch as te
     # A build for another PyTorch or CUDA fails in many ways.

@@ -1,16 +1,18 @@
-"""Tokens to their experts and back: permutation on the device, all-to-all over expert-parallel ranks."""
+"""Tokens to their experts and back: permutation on the device, all-to-all over expert-parallel ranks, and a gather over
+those that share the matrices of each expert."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_mup.layers.router import Routing
-from megatron_mup.parallel.collectives import all_to_all
+from megatron_mup.parallel.collectives import all_to_all, all_to_all_around, gather_rows, sum_rows
 from megatron_mup.parallel.mesh import ExpertAxis
 
 Experts = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -87,6 +89,7 @@ def dispatch(
     axis: ExpertAxis,
     pad: bool,
     compiled: bool = False,
+    meanwhile: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Each token through its experts, the sum weighted by its gates.
 
@@ -98,6 +101,7 @@ def dispatch(
         axis: ranks that share them out.
         pad: whether experts are filled up to their capacity.
         compiled: whether permutations run under torch.compile, which gathers and sums in one kernel.
+        meanwhile: called while rows are under way to other ranks' experts, if there are any.
 
     Returns:
         ``[tokens, hidden]``; zero for a token that all of its experts dropped.
@@ -105,7 +109,8 @@ def dispatch(
     run = _compiled if compiled else _eager
     plan = plan_rows(routing, number, pad)
     rows = _Spread.apply(x, plan, routing.gates.shape[1], run)
-    rows = experts(rows, plan.counts) if axis.group is None else _over_ranks(rows, plan, experts, axis)
+    alone = axis.group is None and axis.tensor.group is None
+    rows = experts(rows, plan.counts) if alone else _over_ranks(rows, plan, experts, axis, meanwhile)
     return _Combine.apply(rows, routing.gates, plan, run)
 
 
@@ -118,27 +123,64 @@ def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _over_ranks(rows: torch.Tensor, plan: Plan, experts: Experts, axis: ExpertAxis) -> torch.Tensor:
+def _over_ranks(
+    rows: torch.Tensor, plan: Plan, experts: Experts, axis: ExpertAxis, meanwhile: Callable[[], None] | None
+) -> torch.Tensor:
     """Sends rows to the ranks of their experts and brings the results back."""
-    assert axis.group is not None
-    here = len(plan.counts) // axis.size
-    if plan.even is None:
-        counts = all_to_all(plan.counts, [here] * axis.size, [here] * axis.size, axis.group)
-        arriving = counts.view(axis.size, here)
-        # The one place where the host waits: buffers have to be made, and the all-to-all wants its sizes.
-        splits = torch.stack([plan.counts.view(axis.size, here).sum(1), arriving.sum(1)])
-        send, receive = splits.tolist()
-    else:
-        arriving = plan.counts.view(axis.size, here)
-        send = receive = [here * plan.even] * axis.size
-    rows = all_to_all(rows, receive, send, axis.group)
+    sizes = _sizes(plan, axis)
+    if axis.group is not None:
+        send = all_to_all if meanwhile is None else partial(all_to_all_around, meanwhile)
+        rows = send(rows, sizes.receive, sizes.send, axis.group)
+    rows = gather_rows(rows, sizes.gathered, axis.tensor)
     # By rank and then by expert they arrive; by expert they are wanted.
-    ids = torch.arange(here, device=rows.device).repeat(axis.size)
-    ids = ids.repeat_interleave(arriving.flatten(), output_size=sum(receive))
+    sources, here = sizes.counts.shape
+    ids = torch.arange(here, device=rows.device).repeat(sources)
+    ids = ids.repeat_interleave(sizes.counts.flatten(), output_size=len(rows))
     order = ids.argsort(stable=True)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    rows = experts(_Permute.apply(rows, order, back), arriving.sum(0))
-    return all_to_all(_Permute.apply(rows, back, order), send, receive, axis.group)
+    rows = experts(_Permute.apply(rows, order, back), sizes.counts.sum(0))
+    rows = sum_rows(_Permute.apply(rows, back, order), sizes.gathered, axis.tensor)
+    return rows if axis.group is None else all_to_all(rows, sizes.send, sizes.receive, axis.group)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How many rows travel.
+
+    Attributes:
+        send, receive: to and from each expert-parallel rank.
+        gathered: that each expert tensor rank has then.
+        counts: ``[expert tensor x expert-parallel ranks, experts here]``, rows of each of them for each expert.
+    """
+
+    send: list[int]
+    receive: list[int]
+    gathered: list[int]
+    counts: torch.Tensor
+
+
+def _sizes(plan: Plan, axis: ExpertAxis) -> _Sizes:
+    """Agrees on sizes with the other ranks; the host waits for what depends on data."""
+    ranks, parts = axis.size, axis.tensor.size
+    here = len(plan.counts) // ranks
+    own = plan.counts.view(ranks, here)
+    if plan.even is not None:
+        even = [here * plan.even] * ranks
+        return _Sizes(even, even, [sum(even)] * parts, own.repeat(parts, 1))
+    counts = own
+    if axis.group is not None:
+        counts = all_to_all(plan.counts, [here] * ranks, [here] * ranks, axis.group).view(ranks, here)
+    everyone = gather_rows(counts, [ranks] * parts, axis.tensor)
+    if axis.group is None and not plan.gaps:
+        # Every rank has as many tokens, and all of their rows.
+        number = len(plan.assignment)
+        return _Sizes([number], [number], [number] * parts, everyone)
+    # The one place where the host waits: buffers have to be made, and the all-to-all wants its sizes.
+    sums = torch.cat([own.sum(1), everyone.sum(1)]).tolist()
+    send, received = sums[:ranks], sums[ranks:]
+    gathered = [sum(received[part * ranks : (part + 1) * ranks]) for part in range(parts)]
+    mine = axis.tensor.rank * ranks
+    return _Sizes(send, received[mine : mine + ranks], gathered, everyone)
 
 
 def _take(x: torch.Tensor, index: torch.Tensor, gaps: bool) -> torch.Tensor:

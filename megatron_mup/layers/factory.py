@@ -75,11 +75,12 @@ class LayerFactory:
 
     def parameter(self, meta: ParamMeta) -> nn.Parameter:
         """Registers a parameter and makes this rank's tensor- or expert-parallel shard of it, without memory."""
-        shape = list(meta.shape)
+        shape, axis = list(meta.shape), self.axis
         if meta.experts is not None:
             shape[0] //= self.expert_axis.size
+            axis = self.expert_axis.tensor
         if meta.tp_dim is not None:
-            shape[meta.tp_dim] = self.axis.local(shape[meta.tp_dim])[1]
+            shape[meta.tp_dim] = axis.local(shape[meta.tp_dim])[1]
         self.metas[meta.name] = meta
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))
 
@@ -344,7 +345,7 @@ class LayerFactory:
     def expert_linear(
         self, name: str, role: Role, shape: tuple[int, int], base_shape: tuple[float, float], layer: int
     ) -> GroupedLinear:
-        """A matrix ``[out, in]`` for each expert, stacked along the rows."""
+        """A matrix ``[out, in]`` for each expert, stacked along the rows. Expert tensor ranks share the inner width."""
         experts = self.config.moe.num_experts
         assert experts is not None
         (rows, columns), (base_rows, base_columns) = shape, base_shape
@@ -361,6 +362,7 @@ class LayerFactory:
                 blocks=expert_blocks(rows, "gate", "up") if gated else expert_blocks(rows, "matrix"),
                 layer=layer,
                 branch="mlp",
+                tp_dim=0 if role is Role.EXPERT_IN else 1,
                 experts=experts,
                 grad_sum_axes=("edp_replicate",) if self.expert_axis.sum_copies else (),
             )

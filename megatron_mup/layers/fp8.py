@@ -41,6 +41,7 @@ class StaticLinear(ParallelLinear):
 
     Attributes:
         watcher: sees the operands, if there is one.
+        keeps: whether it holds its weight in FP8 from forward to backward.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class StaticLinear(ParallelLinear):
         super().__init__(weight, None, axis, sequence_parallel, scales)
         self.static = static
         self.watcher: Watcher | None = None
+        self.keeps = False
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]`` of this rank's part of the weight."""
-        factors = (self.scales.forward, self.scales.weight, self.scales.backward)
-        y = fp8_linear(x, self.weight, factors, self.static.gradient, self.static.gradient_scale)
+        factors, static = (self.scales.forward, self.scales.weight, self.scales.backward), self.static
+        y = fp8_linear(x, self.weight, factors, static.gradient, static.gradient_scale, self.keeps)
         if self.watcher is not None:
             self.watcher("input", x, E4M3)
             self.watcher("weight", self.weight, E4M3)

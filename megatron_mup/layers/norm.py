@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron_mup.kernels.libraries import apex_layer_norm, apex_rms_norm
+from megatron_mup.kernels.rms_norm import HAS_KERNEL, LONGEST, rms_norm_backward
 from megatron_mup.layers.scale import scale
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return x.view_as(x), F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, skip: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return *rms_norm_backward(x, weight, grad, skip, ctx.eps), None
 
 
 class RMSNorm(nn.Module):
@@ -33,6 +49,17 @@ class RMSNorm(nn.Module):
         if self.impl == "apex" and x.is_cuda:
             return apex_rms_norm(x, weight, self.eps)
         return F.rms_norm(x, self.length, weight, self.eps)
+
+    def fork(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream, to go on with, and its norm: compiled for a GPU the two gradients meet in one kernel.
+
+        Elsewhere the norm is called as a module, so that its hooks see it, and has a node of its own in autograd's
+        graph: schedules that split backward follow the path to its weight apart from the one to its input.
+        """
+        fits = self.weight is not None and self.length[0] <= LONGEST and self.impl == "native"
+        if fits and HAS_KERNEL and x.is_cuda and torch.compiler.is_compiling():
+            return _Fork.apply(x, scale(self.weight, backward=self.gradient), self.eps)
+        return x, self(x)
 
 
 class LayerNorm(nn.Module):

@@ -11,7 +11,9 @@ from megatron_mup.layers.dropout import Noise, hidden_dropout
 from megatron_mup.layers.factory import LayerFactory
 from megatron_mup.layers.info import TokenInfo
 from megatron_mup.layers.moe import MoE
+from megatron_mup.layers.norm import RMSNorm
 from megatron_mup.layers.scale import backward_by, forward_by, scale
+from megatron_mup.models.recompute import keeping_products
 from megatron_mup.parametrization.operations import Residual, dropout_scale, residual
 
 
@@ -22,7 +24,13 @@ class TransformerLayer(nn.Module):
     Args:
         factory: makes the parts.
         number: place in the whole model, from 0.
+
+    Attributes:
+        keeps_products: whether the layer itself sees to selective recomputation; `models.build` says so of what it
+            compiles as a whole.
     """
+
+    keeps_products = False
 
     def __init__(self, factory: LayerFactory, number: int) -> None:
         super().__init__()
@@ -51,17 +59,24 @@ class TransformerLayer(nn.Module):
             weights: ``[2, 2]``, weights of stream and branch for both branches where they differ between layers: as
                 data, they let all layers share one compiled graph. None: as numbers.
         """
+        if self.keeps_products and torch.is_grad_enabled():
+            return keeping_products(self._run, x, info, salts, weights)
+        return self._run(x, info, salts, weights)
+
+    def _run(
+        self, x: torch.Tensor, info: TokenInfo, salts: torch.Tensor | None, weights: torch.Tensor | None
+    ) -> torch.Tensor:
         attention, mlp = self.attention_residual, self.mlp_residual
         if weights is not None:
             attention, mlp = (replace(mlp, skip=pair[0], branch=pair[1]) for pair in weights)
         attention_salt, branch_salt, mlp_salt, router_salt = (
             (None, None, None, None) if salts is None else salts.unbind()
         )
-        branch = _apply(self.input_layernorm, _enter(x, attention))
+        x, branch = _enter(self.input_layernorm, x, attention)
         branch = _apply(self.post_self_attn_layernorm, self.self_attention(branch, info, attention_salt))
         branch = hidden_dropout(branch, self.dropout, branch_salt, info.sample_index, info.places)
         x = self._join(x, branch, attention)
-        branch = _apply(self.pre_mlp_layernorm, _enter(x, mlp))
+        x, branch = _enter(self.pre_mlp_layernorm, x, mlp)
         branch = _apply(self.post_mlp_layernorm, self._mlp(branch, info, router_salt))
         branch = hidden_dropout(branch, self.dropout, mlp_salt, info.sample_index, info.places)
         return self._join(x, branch, mlp)
@@ -80,9 +95,11 @@ class TransformerLayer(nn.Module):
         return torch.add(x if weights.skip == 1 else x * weights.skip, branch, alpha=weights.branch)
 
 
-def _enter(x: torch.Tensor, weights: Residual) -> torch.Tensor:
-    """What a branch reads of the stream."""
-    return backward_by(x, weights.branch) if weights.delayed else x
+def _enter(norm: nn.Module | None, x: torch.Tensor, weights: Residual) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stream, to go on with, and what a branch reads of it."""
+    if weights.delayed:
+        return x, _apply(norm, backward_by(x, weights.branch))
+    return norm.fork(x) if isinstance(norm, RMSNorm) else (x, _apply(norm, x))
 
 
 def _apply(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:

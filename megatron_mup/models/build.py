@@ -8,6 +8,7 @@ from torch._functorch import config as partitioner
 from megatron_mup.config import Config
 from megatron_mup.config.pipeline import stage_layers
 from megatron_mup.config.schedules import stages_of_rank
+from megatron_mup.layers.moe import MoE
 from megatron_mup.models.chunks import Chunks, Model
 from megatron_mup.models.gpt import GPT, Stage
 from megatron_mup.parallel.data_parallel import parameter_dtype, shard_over_data
@@ -42,6 +43,9 @@ def build_stage(config: Config, vocab_size: int, mesh: Mesh, number: int) -> GPT
     if config.training.torch_compile:
         partitioner.activation_memory_budget = config.training.activation_memory_budget
         for layer in layers:
+            # Experts, and attention over context ranks, interrupt what is compiled.
+            whole = not isinstance(layer.mlp, MoE) and mesh.cp.size == 1
+            layer.keeps_products = whole and config.training.recompute == "selective"
             layer.compile()
         if config.training.cross_entropy_fusion_impl == "native":  # else each chunk is compiled
             model.objective = torch.compile(model.head_and_loss)

@@ -20,7 +20,7 @@ from megatron_mup.layers.rope import rotary_angles
 from megatron_mup.layers.router import Router
 from megatron_mup.layers.scale import scale
 from megatron_mup.models.block import TransformerLayer
-from megatron_mup.models.recompute import run_layers
+from megatron_mup.models.recompute import keeping_products, run_layers
 from megatron_mup.parallel.mesh import ALONE, ONE_CONTEXT_RANK, ONE_EXPERT_RANK, ContextAxis, ExpertAxis, TensorAxis
 from megatron_mup.parametrization.counter import derive_key
 from megatron_mup.parametrization.meta import ParamMeta
@@ -99,6 +99,11 @@ class Decoder(nn.Module):
             )
             for place, layer in enumerate(self.layers.values())
         ]
+        if self.training_config.recompute == "selective" and torch.is_grad_enabled():
+            calls = [
+                call if layer.keeps_products else partial(keeping_products, call)
+                for call, layer in zip(calls, self.layers.values(), strict=True)
+            ]
         x = run_layers(x, calls, self.training_config)
         return x if self.final_layernorm is None else self.final_layernorm(x)
 

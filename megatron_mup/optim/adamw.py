@@ -9,7 +9,7 @@ import torch
 
 from megatron_mup.kernels.adamw import adamw_, device_has_adamw
 from megatron_mup.kernels.libraries import fused_adam
-from megatron_mup.optim.clip import gradients
+from megatron_mup.optim.clip import gradients, scale_grads
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.parametrization.table import Scaling
 
@@ -72,11 +72,18 @@ class AdamW:
                 self._inner = fused_adam(library, numbered, settings.betas)
             self._inner.state.update(state)
 
-    def step(self, factor: float) -> None:
-        """One step at ``factor`` times the peak learning rates."""
+    def step(self, factor: float, scale: torch.Tensor | None = None) -> None:
+        """One step at ``factor`` times the peak learning rates.
+
+        Args:
+            factor: of the rates.
+            scale: 0-d fp32, a factor on the gradients; None is 1.
+        """
         if self._one_pass:
-            self._step_in_one_pass(factor)
+            self._step_in_one_pass(factor, scale)
             return
+        if scale is not None:
+            scale_grads([param for param, _ in self._live], scale)
         grads = gradients([param for param, _ in self._live])
         self._step += 1
         if self._inner is None:
@@ -90,8 +97,8 @@ class AdamW:
         for _, leaf in self._live:
             leaf.grad = None
 
-    def _step_in_one_pass(self, factor: float) -> None:
-        """The same on a GPU; it reads gradients in their own precision and writes the module's copies too."""
+    def _step_in_one_pass(self, factor: float, scale: torch.Tensor | None) -> None:
+        """The same on a GPU; it reads gradients once, in their own precision, and writes the module's copies too."""
         grads = gradients(self._params)
         self._step += 1
         for param, numbers, grad, mean, square in zip(
@@ -110,6 +117,7 @@ class AdamW:
                 eps=numbers.eps,
                 weight_decay=numbers.weight_decay,
                 step=self._step,
+                scale=scale,
             )
             param.published = True
 

@@ -1,4 +1,4 @@
-"""The global gradient norm, each logical parameter counted once, and clipping by it."""
+"""The global gradient norm, each logical parameter counted once, and the factor that clips by it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def global_grad_norm(params: list[MainParam], mesh: Mesh) -> torch.Tensor:
     Copies count once: those of tensor ranks by tensor rank 0, a tied parameter's other copy not at all, replicas
     because no sum runs over ``dp_replicate`` (``edp_replicate`` for experts). Norms of single tensors are taken in fp64
     on a CPU (whose fp32 reduction loses digits on long tensors) and in fp32 elsewhere; their squares are summed in
-    fp64. One number is summed over each of the axes ``tp``, ``dp_shard`` and ``pp``, one of the experts over ``ep`` and
-    ``edp_shard``: collective over all ranks.
+    fp64. One number is summed over each of the axes ``tp``, ``dp_shard`` and ``pp``, one of the experts over ``ep``,
+    ``etp`` and ``edp_shard``: collective over all ranks.
 
     Returns:
         0-d fp32 tensor on the mesh's device, without waiting for it.
@@ -53,7 +53,7 @@ def global_grad_norm(params: list[MainParam], mesh: Mesh) -> torch.Tensor:
             counted.append(grad)
     square = _sum_over(_square(counted, mesh.device), ("tp", "dp_shard"), mesh)
     if mesh.experts is not None:
-        square += _sum_over(_square(of_experts, mesh.device), ("ep", "edp_shard"), mesh)
+        square += _sum_over(_square(of_experts, mesh.device), ("ep", "etp", "edp_shard"), mesh)
     return _sum_over(square, ("pp",), mesh).sqrt().float()
 
 
@@ -73,12 +73,14 @@ def _sum_over(square: torch.Tensor, axes: tuple[str, ...], mesh: Mesh) -> torch.
     return square
 
 
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor | None:
+    """min(1, max_norm / (norm + 1e-6)), 0-d, without waiting for it; None where ``max_norm`` is 0: no clipping."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else None
+
+
 @torch.no_grad()
-def clip_(params: list[MainParam], norm: torch.Tensor, max_norm: float) -> None:
-    """Multiplies gradients by min(1, max_norm / (norm + 1e-6)), in place and on the device; 0 turns it off."""
-    if max_norm <= 0:
-        return
+def scale_grads(params: list[MainParam], factor: torch.Tensor) -> None:
+    """Multiplies gradients by a 0-d tensor, in place and in the precision of the parameters."""
     for param in params:
         param.widen_grad()
-    grads = [grad for grad in gradients(params) if grad.numel()]
-    multiply_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    multiply_([grad for grad in gradients(params) if grad.numel()], factor)

@@ -17,6 +17,7 @@ from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.matrix import Kept, Whole, block_shape
 from megatron_mup.optim.muon import Muon, MuonSettings
 from megatron_mup.optim.newton_schulz import full_fp32_products
+from megatron_mup.optim.thin import split_gram, split_product
 from megatron_mup.parametrization.counter import derive_key, hash_u64
 from megatron_mup.parametrization.init import normal
 from megatron_mup.parametrization.meta import ParamMeta
@@ -27,6 +28,12 @@ OVERSAMPLING = 1.25
 
 LEAF = 128
 """Largest matrix that is handed to the library's Cholesky factorization, which has little to do in parallel."""
+
+TRIANGLE = 32
+"""Largest triangle that is handed to the library's solver, which has less."""
+
+ROUGH_SLACK = 64.0
+"""Shift of a Gram matrix of bf16 halves, see `cholesky_step`: they know 2^-17 of it."""
 
 FAINT = 1e-4
 """Directions of the momentum that are fainter than this share of the strongest take less than a full step. What R holds
@@ -61,6 +68,28 @@ def _signs(rows: int, columns: int, device: torch.device, dtype: torch.dtype) ->
     return torch.where(hash_u64(derive_key("dion", "sketch"), index) < 0, -1.0, 1.0).to(dtype)
 
 
+def inverse_lower(factor: torch.Tensor) -> torch.Tensor:
+    """Inverse of lower triangular matrices ``[batch, n, n]``: those of both halves at once, then products."""
+    batch, n = factor.shape[:2]
+    if n <= TRIANGLE or n % 2:
+        one = torch.eye(n, device=factor.device, dtype=factor.dtype).expand_as(factor)
+        solved: torch.Tensor = torch.linalg.solve_triangular(factor, one, upper=False)
+        return solved
+    half = n // 2
+    ends = torch.stack([factor[:, :half, :half], factor[:, half:, half:]], 1).flatten(0, 1)
+    first, second = inverse_lower(ends).view(batch, 2, half, half).unbind(1)
+    return _joined(first, second, factor[:, half:, :half])
+
+
+def _joined(first: torch.Tensor, second: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """Inverse of a lower triangular matrix from those of its ends, and what is below the first."""
+    half, rest = first.shape[-1], second.shape[-1]
+    inverse = first.new_zeros(len(first), half + rest, half + rest)
+    inverse[:, :half, :half], inverse[:, half:, half:] = first, second
+    torch.baddbmm(inverse[:, half:, :half], second @ below, first, beta=0, alpha=-1, out=inverse[:, half:, :half])
+    return inverse
+
+
 def inverse_cholesky(matrix: torch.Tensor) -> torch.Tensor:
     """Inverse of the lower Cholesky factor, by halves, so that nearly all work is products.
 
@@ -73,22 +102,16 @@ def inverse_cholesky(matrix: torch.Tensor) -> torch.Tensor:
     n = matrix.shape[-1]
     if n <= LEAF:
         factor, failed = torch.linalg.cholesky_ex(matrix)
-        factor = torch.where((failed == 0)[:, None, None], factor, torch.nan)
-        one = torch.eye(n, device=matrix.device, dtype=matrix.dtype).expand_as(matrix)
-        leaf: torch.Tensor = torch.linalg.solve_triangular(factor, one, upper=False)
-        return leaf
+        return inverse_lower(torch.where((failed == 0)[:, None, None], factor, torch.nan))
     half = LEAF * math.ceil(n / LEAF / 2)
     first = inverse_cholesky(matrix[:, :half, :half])
     below = matrix[:, half:, :half] @ first.mT
     second = inverse_cholesky(torch.baddbmm(matrix[:, half:, half:], below, below.mT, alpha=-1))
-    inverse = torch.zeros_like(matrix)
-    inverse[:, :half, :half], inverse[:, half:, half:] = first, second
-    torch.baddbmm(inverse[:, half:, :half], second @ below, first, beta=0, alpha=-1, out=inverse[:, half:, :half])
-    return inverse
+    return _joined(first, second, below)
 
 
-def cholesky_pass(x: torch.Tensor, slack: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``X T`` with columns closer to orthonormal, and the upper triangular T.
+def cholesky_step(gram: torch.Tensor, slack: float) -> torch.Tensor:
+    """Upper triangular T for which the columns of ``X T`` are closer to orthonormal, from ``X^T X``.
 
     Columns are brought to length 1, which undoes all that their lengths do to the condition. The Gram matrix is shifted
     by its rounding error, so that it is positive definite whatever the rank; a column that depends on those before
@@ -96,42 +119,53 @@ def cholesky_pass(x: torch.Tensor, slack: float) -> tuple[torch.Tensor, torch.Te
     change.
 
     Args:
-        x: ``[batch, m, r]`` fp32.
-        slack: the shift, in rounding errors of the Gram matrix's norm.
+        gram: ``[batch, r, r]`` fp32.
+        slack: the shift, in fp32 rounding errors of the Gram matrix's norm.
+
+    Returns:
+        ``[batch, r, r]``.
     """
-    norm = torch.linalg.vector_norm(x, dim=-2)
-    inverse_norm = torch.where(norm > _TINY, norm, torch.inf).reciprocal()
-    x = x * inverse_norm[:, None, :]
-    gram = x.mT @ x
-    shift = slack * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(gram, dim=(-2, -1))
-    gram.diagonal(dim1=-2, dim2=-1).add_(shift[:, None] + (norm <= _TINY))
-    step = inverse_cholesky(gram).mT
-    better = x @ step
-    sound = (torch.linalg.vector_norm(better, dim=-2).amax(-1) < 2)[:, None, None]
-    step = torch.where(sound, step, torch.eye(step.shape[-1], device=x.device))
-    return torch.where(sound, better, x), inverse_norm[:, :, None] * step
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    is_zero = squares <= torch.finfo(gram.dtype).tiny
+    inverse_norm = torch.where(is_zero, torch.inf, squares).rsqrt()
+    gram = gram * inverse_norm[:, :, None] * inverse_norm[:, None, :]
+    shift = slack * torch.finfo(gram.dtype).eps * torch.linalg.vector_norm(gram, dim=(-2, -1))
+    shifted = gram.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift[:, None] + is_zero)
+    step = inverse_cholesky(shifted).mT
+    lengths = ((gram @ step) * step).sum(-2)
+    sound = (lengths.amax(-1) < 4)[:, None, None]
+    step = torch.where(sound, step, torch.eye(step.shape[-1], device=gram.device))
+    return inverse_norm[:, :, None] * step
 
 
-def orthonormal_columns(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def orthonormal_columns(x: torch.Tensor) -> torch.Tensor:
     """Q of the QR decomposition, column signs those of a positive diagonal in R, by randomized Cholesky-QR.
 
     Random combinations of the rows, hardly more than there are columns, have nearly the condition of all of them
-    (arXiv 2104.05868). Two Cholesky passes on this sketch give the triangular factor that all but orthonormalizes x;
-    a third, on x, does the rest. Nothing is decided on the host: shifts keep every pass safe, also for matrices of low
+    (arXiv 2104.05868). Two Cholesky steps on this sketch give the triangular factor that all but orthonormalizes x;
+    a third, on x, does the rest. Nothing is decided on the host: shifts keep every step safe, also for matrices of low
     rank, where columns that depend on others are made up of rounding errors, as by Householder's method, or stay short.
 
     Args:
-        x: ``[batch, m, r]`` fp32, m >= r.
-        dtype: precision of the sketch.
+        x: ``[batch, m, r]``, m >= r. In bf16 the sketch is, and products with x are by bf16 halves.
+
+    Returns:
+        fp32 ``[batch, m, r]``.
     """
     rows, columns = x.shape[-2:]
     sketched = 128 * math.ceil(OVERSAMPLING * columns / 128)
-    x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=_TINY)
-    sketch = x if sketched >= rows else (_signs(sketched, rows, x.device, dtype) @ x.to(dtype)).float()
-    sketch, first = cholesky_pass(sketch, 4.0)
-    _, second = cholesky_pass(sketch, 4.0)
-    # A rough sketch leaves more for the last pass, which then needs more of a shift.
-    return cholesky_pass(x @ (first @ second), 2.0 if dtype is torch.float32 else 16.0)[0]
+    largest = x.abs().amax((-2, -1), keepdim=True).float()
+    scale = torch.where(largest > 0, largest, 1.0).reciprocal()  # squares must not vanish
+    sketch = (x if sketched >= rows else _signs(sketched, rows, x.device, x.dtype) @ x).float() * scale
+    first = cholesky_step(sketch.mT @ sketch, 4.0)
+    sketch = sketch @ first
+    factor = scale * (first @ cholesky_step(sketch.mT @ sketch, 4.0))
+    if x.dtype is torch.bfloat16:
+        x = split_product(x, factor)
+        return split_product(x, cholesky_step(split_gram(x), ROUGH_SLACK))
+    x = x @ factor
+    return x @ cholesky_step(x.mT @ x, 2.0)
 
 
 class Dion(Muon[DionSettings]):
@@ -152,6 +186,7 @@ class Dion(Muon[DionSettings]):
 
     momentum_on_shards: ClassVar[bool] = False
     home_state: ClassVar[Mapping[str, Kept]] = {"dion_momentum": Kept.MATRIX, "dion_basis": Kept.BASIS}
+    home_momentum: ClassVar[str] = "dion_momentum"
 
     def __init__(
         self, params: list[tuple[MainParam, Scaling]], settings: DionSettings, mesh: MatrixRanks | None
@@ -188,16 +223,14 @@ class Dion(Muon[DionSettings]):
         return cost
 
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``P V^T``; advances momentum and basis."""
-        momentum, basis, dtype = whole.kept["dion_momentum"], whole.kept["dion_basis"], self.settings.ns_dtype
-        momentum.add_(whole.update)
+        """``P V^T``; feeds the error back and advances the basis."""
+        momentum, basis, dtype = whole.update, whole.kept["dion_basis"], self.settings.ns_dtype
         tall = momentum.shape[-2] >= momentum.shape[-1]
         with full_fp32_products():
-            work = (momentum if tall else momentum.mT).to(dtype)
-            left = orthonormal_columns((work @ basis.to(dtype)).float(), dtype).to(dtype)
+            work = momentum if tall else momentum.mT
+            left = orthonormal_columns(work @ basis.to(dtype)).to(dtype)
             right = work.mT @ left
-            seen = left @ right.mT
-            momentum.sub_(seen if tall else seen.mT, alpha=1 - self.settings.momentum)
+            whole.feed_back(left @ right.mT if tall else right @ left.mT, self.settings.momentum - 1)
             right = right.float()
             length = torch.linalg.vector_norm(right, dim=-2, keepdim=True)
             unit = right / length.maximum(FAINT * length.amax(-1, keepdim=True)).clamp(min=_TINY)

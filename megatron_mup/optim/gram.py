@@ -16,10 +16,18 @@ from collections.abc import Callable
 import torch
 
 from megatron_mup.kernels.symmetric import Form, symmetric_product
+from megatron_mup.optim.thin import image, split_factors
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
 """Is shown iterates X ``[batch, short, long]`` on their way and what is proportional to their X X^T; must not change
 them."""
+
+Image = Callable[[torch.Tensor], torch.Tensor]
+"""What a matrix ``[batch, short, long]`` makes of vectors ``[batch, long]``, in fp32."""
+
+Correction = Callable[[Image], tuple[torch.Tensor, torch.Tensor]]
+"""Is told what the result makes of vectors, before it is formed and rounded; returns fp32 factors ``[batch, short, k]``
+and ``[batch, k, long]`` of what is to be added to it."""
 
 BLOCKS: dict[str, tuple[int, ...]] = {"jordan": (3, 2), "quintic": (2, 3), "polar_express": (2, 2, 1)}
 """Blocks of a coefficient set's five steps, with X in bf16 and R and Q in fp16; most other numbers go two by two.
@@ -36,8 +44,14 @@ _SCALE_P = 2.0**10
 _LARGEST_Q = 2.0**15
 
 
-def block_lengths(name: str, steps: int) -> tuple[int, ...]:
-    """How many steps each block has."""
+def block_lengths(name: str, steps: int, square: bool = False) -> tuple[int, ...]:
+    """How many steps each block has.
+
+    Of square matrices two, and then one each: the same FLOPs, more of them in plain products, which run at a higher
+    rate, and nearer to exact arithmetic. (A first block of one step would leave its rounding to four others.)
+    """
+    if square and steps > 2:
+        return (2, *(1,) * (steps - 2))
     base = name.partition(":")[0]
     for blocks in (BLOCKS, EIGHT):
         if base in blocks and sum(blocks[base]) == steps:
@@ -52,6 +66,8 @@ def gram_newton_schulz(
     lengths: tuple[int, ...],
     eps: float,
     watch: Watch | None = None,
+    correction: Correction | None = None,
+    norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Newton-Schulz steps on bf16 matrices, in blocks.
 
@@ -63,24 +79,44 @@ def gram_newton_schulz(
         lengths: steps of each block.
         eps: smallest norm to divide by.
         watch: is shown the iterate before each block; the first of them not normalized.
+        correction: is part of the last product, so that nothing of it is lost in rounding.
+        norm: fp32 ``[batch]``, Frobenius norms of x, if they are known.
 
     Returns:
         bf16 ``[batch, m, n]``, new memory.
     """
-    # A square matrix can be read either way, and the kernel is faster on columns.
-    tall = x.shape[-2] >= x.shape[-1]
-    form: Form = "columns" if tall else "rows"
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32).clamp_(min=eps)
-    factor, later = norm.reciprocal(), torch.ones_like(norm)
+    tall = x.shape[-2] > x.shape[-1]
+    if x.shape[-2] == x.shape[-1]:
+        # Can be read either way; but who takes part has its own idea of it.
+        tall = watch is None and correction is None
+    # Between blocks matrices stand, whatever they do at the ends: the kernel is faster on columns. Not if rows are put
+    # below them in the end, which is a fast copy.
+    lie = not tall and correction is not None
+    work = x if tall else x.mT
+    if norm is None:
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
+    factor, later = norm.clamp(min=eps).reciprocal(), torch.ones_like(norm)
     steps = iter(schedule)
-    for length in lengths:
-        r = symmetric_product(x, x, form, alpha=_SCALE_R, scale=factor.square(), dtype=torch.float16)
+    for number, length in enumerate(lengths):
+        form: Form = "rows" if lie or (not tall and number == 0) else "columns"
+        source = work.mT if form == "rows" else work
+        r = symmetric_product(source, source, form, alpha=_SCALE_R, scale=factor.square(), dtype=torch.float16)
         if watch is not None:
-            watch(x.mT if tall else x, r)
+            watch(work.mT, r)
         q = _block_product(r, [next(steps) for _ in range(length)], factor)
-        x = torch.bmm(x, q) if tall else torch.bmm(q, x)
-        factor = later
-    return x
+        if number < len(lengths) - 1:
+            work, factor = torch.bmm(q, work.mT).mT if lie else torch.bmm(work, q), later
+    if correction is not None:
+        return _corrected(work, q, correction, tall)
+    return torch.bmm(work, q) if tall else torch.bmm(q, work.mT)
+
+
+def _corrected(work: torch.Tensor, q: torch.Tensor, correction: Correction, tall: bool) -> torch.Tensor:
+    """``X Q``, transposed unless tall, and what is added to it, in one product."""
+    left, right = split_factors(*correction(lambda v: image(q, image(work.mT, v))), q.dtype, 64)
+    if tall:
+        return torch.bmm(torch.cat([work, right.mT], -1), torch.cat([q, left.mT], -2))
+    return torch.bmm(torch.cat([q, left], -1), torch.cat([work.mT, right], -2))
 
 
 def _block_product(r: torch.Tensor, steps: list[tuple[float, float, float]], factor: torch.Tensor) -> torch.Tensor:

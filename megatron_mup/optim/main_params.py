@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron_mup.config import Config
-from megatron_mup.kernels.multiply import multiply_
 from megatron_mup.parallel.data_parallel import main_dtype
 from megatron_mup.parallel.layout import Layout
 from megatron_mup.parallel.mesh import Mesh
@@ -30,8 +29,9 @@ class MainParam:
         meta: logical facts.
         layout: where ``value`` lies in the global tensor.
         value: this rank's shard, shape ``layout.local_shape``, plain tensor; updated in place.
-        grad: gradient of the global loss by ``value``, same shape, final (summed over every axis), or None between
-            steps. Of a single micro-batch it may have the module's precision instead of ``value``'s.
+        grad: gradient of the global loss by ``value``, same shape, summed over every axis, or None between steps. A
+            factor that all gradients share may be missing: the optimizer is told (`Optimizer.step`). Of a single
+            micro-batch it may have the module's precision instead of ``value``'s.
         copy: what the module computes with, where that is another tensor.
         published: whether ``copy`` already has the updated values; an optimizer that writes both at once says so.
     """
@@ -58,17 +58,11 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 def draw(params: Iterable[MainParam], config: Config) -> None:
     """Gives shards their initial values, each drawn from its counter-based generator."""
     for main in params:
-        main.value.copy_(
-            initial_values(
-                main.meta,
-                scaling(main.meta, config).init_std,
-                config.training.seed,
-                main.layout.offsets,
-                main.layout.local_shape,
-                main.value.device,
-                torch.float32,
+        std = scaling(main.meta, config).init_std
+        for offsets, part in main.layout.rectangles(main.value):
+            part.copy_(
+                initial_values(main.meta, std, config.training.seed, offsets, part.shape, part.device, torch.float32)
             )
-        )
 
 
 class MainParams:
@@ -93,6 +87,7 @@ class MainParams:
         dtype = main_dtype(config)
         self.params: list[MainParam] = []
         self.copied: list[tuple[MainParam, nn.Parameter]] = []
+        self._sums: dict[str, torch.Tensor] = {}
         for name, param in self.modules_params.items():
             local = local_part(param.detach())
             layout = Layout.of(metas[name], mesh)
@@ -103,8 +98,8 @@ class MainParams:
             if value is not local:
                 self.params[-1].copy = local
                 self.copied.append((self.params[-1], param))
-                param.register_post_accumulate_grad_hook(partial(self._accumulate, name))
-        self._sums: dict[str, torch.Tensor] = {}
+                # The hook must not know the parameter: Python can't free such a ring.
+                param.register_post_accumulate_grad_hook(partial(_accumulate, self._sums, name))
 
     def initialise(self) -> None:
         """Draws every value from its counter-based generator."""
@@ -119,23 +114,11 @@ class MainParams:
         for main, _ in self.copied:
             main.published = False
 
-    def _accumulate(self, name: str, param: nn.Parameter) -> None:
-        """Adds the gradient of one micro-batch to the sum, in fp32; the first stays as it is until another comes."""
-        grad, param.grad = param.grad, None
-        assert grad is not None
-        first = self._sums.get(name)
-        if first is None:
-            self._sums[name] = grad
-        elif first.dtype == torch.float32:
-            first += grad
-        else:
-            self._sums[name] = first.float() + grad
-
     def accumulate(self) -> None:
         """Adds gradients to the fp32 sums that were set on parameters without the notice of hooks."""
         for main, param in self.copied:
             if param.grad is not None:
-                self._accumulate(main.meta.name, param)
+                _accumulate(self._sums, main.meta.name, param)
 
     def collect_grads(self) -> None:
         """Gives every `MainParam` its final gradient, summed over the axes that its facts name."""
@@ -160,10 +143,6 @@ class MainParams:
             group = self.mesh.embedding_group if axis == "embedding" else self.mesh.group(axis)
             _all_reduce_together(grads, group)
 
-    def scale_grads(self, factor: torch.Tensor) -> None:
-        """Multiplies every gradient by a 0-d tensor."""
-        multiply_([grad for main in self.params if (grad := main.widen_grad()) is not None], factor)
-
     def zero_grad(self) -> None:
         """Drops all gradients."""
         self._sums.clear()
@@ -171,6 +150,19 @@ class MainParams:
             main.grad = None
         for param in self.modules_params.values():
             param.grad = None
+
+
+def _accumulate(sums: dict[str, torch.Tensor], name: str, param: nn.Parameter) -> None:
+    """Adds the gradient of one micro-batch to the sum, in fp32; the first stays as it is until another comes."""
+    grad, param.grad = param.grad, None
+    assert grad is not None
+    first = sums.get(name)
+    if first is None:
+        sums[name] = grad
+    elif first.dtype == torch.float32:
+        first += grad
+    else:
+        sums[name] = first.float() + grad
 
 
 def _all_reduce_together(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:

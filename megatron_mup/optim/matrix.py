@@ -23,8 +23,9 @@ from megatron_mup.optim.batches import (
     runs_of_block,
     windows,
 )
+from megatron_mup.optim.chunks import Buffers, Chunk
 from megatron_mup.optim.clip import gradients
-from megatron_mup.optim.exchange import Exchange, Load, MatrixRanks, Parcel
+from megatron_mup.optim.exchange import Exchange, MatrixRanks, Parcel
 from megatron_mup.optim.experts import ExpertPart, ExpertRanks
 from megatron_mup.optim.graphs import Replays
 from megatron_mup.optim.main_params import MainParam
@@ -72,6 +73,9 @@ class Kept(Enum):
     """A factor for each logical matrix, `MatrixOptimizer.basis_shape`: flat, one after the other."""
 
 
+Norms = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
 @dataclass(frozen=True)
 class Whole:
     """Logical matrices of one shape, whole, at their home.
@@ -79,13 +83,17 @@ class Whole:
     Attributes:
         update: ``[batch, out, in]``, what is to be made orthonormal.
         weight: ``[batch, out, in]`` in the optimizer's precision, if the rule asks for it.
-        kept: states by kind, written in place: ``[batch, out, 1]`` (rows), ``[batch, in]`` (inputs),
-            ``[batch, out, in]`` (matrix) or ``[batch, *basis_shape]`` (basis).
+        kept: states by kind, written in place: ``[batch, out, 1]`` (rows), ``[batch, in]`` (inputs) or
+            ``[batch, *basis_shape]`` (basis).
+        feed_back: adds a multiple of matrices like ``update`` to the momentum that is kept at home.
+        norms: fp32 ``[batch]``, Frobenius norms of ``update`` and of ``weight``, where packing has told.
     """
 
     update: torch.Tensor
     weight: torch.Tensor | None
     kept: Mapping[str, torch.Tensor]
+    feed_back: Callable[[torch.Tensor, float], None]
+    norms: Norms = (None, None)
 
 
 def logical_blocks(meta: ParamMeta, settings: MatrixSettings) -> tuple[Block, ...]:
@@ -148,51 +156,6 @@ def matrices_at_once(size: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, BATCH_BYTES // size)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """The work on a chunk of the plan.
-
-    Attributes:
-        matrices: numbers of its logical matrices.
-        batches: of those whose home is here.
-        packing: by batch, where its rows are in whole tensors.
-        runs: the same by name of a tensor, whose home is here.
-        homeward, back: what is sent and received on either way.
-        shards, results: pieces of shards where they are sent, and where what comes back is received.
-    """
-
-    matrices: slice
-    batches: list[Batch]
-    packing: list[Pieces]
-    runs: dict[str, list[Run]]
-    homeward: tuple[Load, Load]
-    back: tuple[Load, Load]
-    shards: Pieces
-    results: Pieces
-
-
-class _Buffers:
-    """What a chunk travels in, long enough for any; two sets take turns.
-
-    Args:
-        chunks: all chunks.
-        dtype: of updates and results.
-        weights: of weights; None if they don't travel.
-        device: where they are.
-    """
-
-    def __init__(
-        self, chunks: Sequence[_Chunk], dtype: torch.dtype, weights: torch.dtype | None, device: torch.device
-    ) -> None:
-        up = [max(chunk.homeward[i].numel for chunk in chunks) for i in range(2)]
-        back = [max(chunk.back[i].numel for chunk in chunks) for i in range(2)]
-        self.updates, self.arrived = (torch.empty(n, dtype=dtype, device=device) for n in up)
-        self.weights, self.arrived_weights = (
-            torch.empty(n if weights else 0, dtype=weights, device=device) for n in up
-        )
-        self.results, self.returned = (torch.empty(n, dtype=dtype, device=device) for n in back)
-
-
 class MatrixOptimizer(ABC, Generic[SettingsT]):
     """Base of the orthonormalizing optimizers. A subclass holds its update rule and nothing more.
 
@@ -221,6 +184,8 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
     """Whether :meth:`compute` needs the weight."""
     home_state: ClassVar[Mapping[str, Kept]] = {}
     """States that :meth:`compute` keeps, by kind, in fp32; they begin at zero."""
+    home_momentum: ClassVar[str] = ""
+    """The state, of kind `Kept.MATRIX`, that gradients are added to at home; :meth:`compute` gets the sum as update."""
     numbers: ClassVar[int] = 0
     """How many fp32 numbers per logical matrix :meth:`compute` returns beside it."""
 
@@ -256,19 +221,24 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         self._grads, self._values = (Shards(len(params), device) for _ in range(2))
         self._momenta = self._shards_of_momenta(device)
         self._style = Momentum(settings.momentum, settings.momentum_style == "ema", settings.nesterov)
+        if self.home_momentum:
+            self._style = Momentum(1.0, ema=False, nesterov=False)
         self._chunks = [self._prepare(chunk) for chunk in self.plan.chunks]
-        self._buffers: list[_Buffers] = []
+        self._buffers: list[Buffers] = []
         if self._chunks and ranks > 1:
             weights = params[0][0].value.dtype if self.weight_travels else None
-            self._buffers = [_Buffers(self._chunks, settings.ns_dtype, weights, device) for _ in range(2)]
+            self._buffers = [Buffers(self._chunks, settings.ns_dtype, weights, device) for _ in range(2)]
         self._replays = Replays(device, settings.cuda_graph and can_replay(device))
 
     def _shards_of_momenta(self, device: torch.device) -> Shards | None:
-        """The momenta in the order of parameters, nothing for those that are kept elsewhere."""
-        if not self.momentum_on_shards or not self._params:
+        """The momenta, on shards or at home, in the order of parameters; nothing for those that are kept elsewhere."""
+        if not (self.momentum_on_shards or self.home_momentum) or not self._params:
             return None
         momenta, kept = Shards(len(self._params), device), self._momentum
-        nothing = torch.empty(0, device=device, dtype=next(iter(self._params.values()))[0].value.dtype)
+        if self.home_momentum:
+            kept = {name: kinds[self.home_momentum] for name, kinds in self._kept.items()}
+        dtype = next(iter(kept.values())).dtype if kept else torch.float32
+        nothing = torch.empty(0, device=device, dtype=dtype)
         momenta.set([kept.get(name, nothing) for name in self._params])
         return momenta
 
@@ -328,10 +298,10 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
             fp32 ``[matrices]`` each.
         """
 
-    def orthonormal(self, update: torch.Tensor) -> torch.Tensor:
-        """Newton-Schulz with these settings, ``[batch, out, in]``."""
-        settings = self.settings
-        return orthonormalize(update, settings.num_ns_steps, settings.coefficients, settings.ns_dtype)
+    def orthonormal(self, whole: Whole) -> torch.Tensor:
+        """The update's orthonormal factor by Newton-Schulz with these settings, ``[batch, out, in]``."""
+        own = self.settings
+        return orthonormalize(whole.update, own.num_ns_steps, own.coefficients, own.ns_dtype, norm=whole.norms[0])
 
     def per_matrix(self, meta: ParamMeta, value: Callable[[int, int], float]) -> list[float]:
         """A function of ``[out, in]`` for each logical matrix."""
@@ -343,7 +313,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         found = [values(*self._params[a.meta.name]) for a in self.plan.assignments]
         return torch.tensor([number for numbers in found for number in numbers], device=self._exchange.device)
 
-    def _prepare(self, chunk: Sequence[Assignment]) -> _Chunk:
+    def _prepare(self, chunk: Sequence[Assignment]) -> Chunk:
         """What there is to do for a chunk, here and between ranks."""
         exchange = self._exchange
         tensor = {name: number for number, name in enumerate(self._params)}
@@ -370,7 +340,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         ]
         shards, results = (pieces if exchange.ranks > 1 else [] for pieces in (shards, results))
         ends = self._as_pieces(shards), self._as_pieces(results)
-        return _Chunk(matrices, batches, packing, runs, homeward, back, *ends)
+        return Chunk(matrices, batches, packing, runs, homeward, back, *ends)
 
     def _as_pieces(self, pieces: Sequence[Piece]) -> Pieces:
         """Pieces of these parameters."""
@@ -408,7 +378,8 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         """A step of a rank that has all matrices whole."""
         for chunk in self._chunks:
             for number, batch in enumerate(chunk.batches):
-                result = self._at_home(batch, *self._pack_whole(batch, chunk.packing[number]))
+                pieces = chunk.packing[number]
+                result = self._at_home(batch, pieces, *self._pack_whole(batch, pieces))
                 apply(self._values, result.view(-1), chunk.packing[number], *self._factors())
 
     def _together(self) -> None:
@@ -451,13 +422,14 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
 
         return wait
 
-    def _pack(self, chunk: _Chunk, buffers: _Buffers) -> None:
+    def _pack(self, chunk: Chunk, buffers: Buffers) -> None:
         """Fills the buffers that a chunk's shards travel in."""
-        advance(self._grads, self._momenta, buffers.updates, chunk.shards, self._style)
+        momenta = None if self.home_momentum else self._momenta
+        advance(self._grads, momenta, buffers.updates, chunk.shards, self._style)
         if self.weight_travels:
             advance(self._values, None, buffers.weights, chunk.shards, self._style)
 
-    def _home(self, chunk: _Chunk, buffers: _Buffers) -> None:
+    def _home(self, chunk: Chunk, buffers: Buffers) -> None:
         """The arithmetic of a chunk's matrices whose home is here, from what arrived to what goes back."""
         if self.numbers:
             self._numbers[chunk.matrices].zero_()
@@ -467,16 +439,22 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         arrived = self._unpack(chunk, buffers.arrived, parcels) if cut else []
         weights = self._unpack(chunk, buffers.arrived_weights, parcels) if cut and self.weight_travels else []
         for number, batch in enumerate(chunk.batches):
+            pieces = chunk.packing[number]
+            norms: Norms = (None, None)
             if cut:
                 update, weight = arrived[number], weights[number] if weights else None
+                if self.home_momentum:
+                    self._change_momenta(pieces, update, 1.0)
+                    assert self._momenta is not None
+                    advance(self._momenta, None, update.view(-1), pieces, self._style)
             else:
-                update, weight = self._pack_whole(batch, chunk.packing[number])
-            results.append(self._at_home(batch, update, weight).view(-1, batch.shape[1]))
+                update, weight, norms = self._pack_whole(batch, pieces)
+            results.append(self._at_home(batch, pieces, update, weight, norms).view(-1, batch.shape[1]))
         whole, parts = windows(results, chunk.runs, chunk.back[0].parcels, buffers.results)
         if parts:
             torch._foreach_copy_(parts, whole)
 
-    def _unpack(self, chunk: _Chunk, buffer: torch.Tensor, parcels: Sequence[Parcel]) -> list[torch.Tensor]:
+    def _unpack(self, chunk: Chunk, buffer: torch.Tensor, parcels: Sequence[Parcel]) -> list[torch.Tensor]:
         """Whole matrices, batch by batch, from the shards that arrived."""
         flat = [buffer.new_empty(batch.numel // batch.shape[1], batch.shape[1]) for batch in chunk.batches]
         whole, parts = windows(flat, chunk.runs, parcels, buffer)
@@ -498,21 +476,30 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.factors(self._rates * self._factor, self._numbers)
 
-    def _pack_whole(self, batch: Batch, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _change_momenta(self, pieces: Pieces, change: torch.Tensor, factor: float) -> None:
+        """Adds a multiple of a batch to momenta that are kept at home."""
+        assert self._momenta is not None
+        rates = torch.full_like(self._rates, factor)
+        apply(self._momenta, change.view(-1), pieces, rates, torch.zeros_like(rates))
+
+    def _pack_whole(self, batch: Batch, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor | None, Norms]:
         """Updates, and weights if the rule asks for them, of whole matrices that are here; advances the momenta."""
         update = torch.empty(batch.numel, dtype=self.settings.ns_dtype, device=self._exchange.device)
-        advance(self._grads, self._momenta, update, pieces, self._style)
-        weight = None
+        norm = advance(self._grads, self._momenta, update, pieces, self._style, batch.matrices)
+        weight, weight_norm = None, None
         if self.weight_travels:
             weight = torch.empty(batch.numel, dtype=self._values.dtype, device=update.device)
-            advance(self._values, None, weight, pieces, self._style)
+            weight_norm = advance(self._values, None, weight, pieces, self._style, batch.matrices)
             weight = weight.view(-1, *batch.shape)
-        return update.view(-1, *batch.shape), weight
+        return update.view(-1, *batch.shape), weight, (norm, weight_norm)
 
-    def _at_home(self, batch: Batch, update: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    def _at_home(
+        self, batch: Batch, pieces: Pieces, update: torch.Tensor, weight: torch.Tensor | None, norms: Norms
+    ) -> torch.Tensor:
         """The result of a batch in the precision that travels, on a rank alone too; numbers and states are kept."""
-        kept = {kind: torch.cat([self._kept_part(*p, kind) for p in batch.places]) for kind in self.home_state}
-        result, said = self.compute(Whole(update, weight, kept))
+        kinds = [kind for kind in self.home_state if kind != self.home_momentum]
+        kept = {kind: torch.cat([self._kept_part(*p, kind) for p in batch.places]) for kind in kinds}
+        result, said = self.compute(Whole(update, weight, kept, partial(self._change_momenta, pieces), norms))
         end = 0
         for name, place in batch.places:
             own, first = self._ranges[name][place], self._first[name]
@@ -548,7 +535,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         assert every is not None
         kept, length = self.home_state[kind], len(value) // part.experts * every
         if kept in (Kept.ROWS, Kept.MATRIX):
-            return {key: (part.saved(value, part.first_expert * (length // every), length), value)}
+            return {key: (part.rows(value, length), value)}
         if kept is Kept.INPUTS:
             starts = [*(own.start for own in self._ranges[part.meta.name]), len(value)]
         else:
@@ -571,7 +558,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         for name, value in self._momentum.items():
             param = self._params[name][0]
             if isinstance(param, ExpertPart):
-                param = param.saved(value, param.whole.layout.offsets[0] + param.start, param.whole.meta.shape[0])
+                param = param.momentum(value)
             state[f"momentum/{name}"] = (param, value)
         for name, kinds in self._kept.items():
             param = self._params[name][0]

@@ -76,7 +76,7 @@ class Muon(MatrixOptimizer[MuonT]):
 
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The orthonormal factor."""
-        return self.orthonormal(whole.update), None
+        return self.orthonormal(whole), None
 
     def factors(self, rates: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Minus the rate times the shape's factor, and times the decay."""
@@ -98,7 +98,7 @@ class NorMuon(Muon[NorMuonSettings]):
 
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The orthonormal factor with even rows."""
-        ortho = self.orthonormal(whole.update)
+        ortho = self.orthonormal(whole)
         # One pass over the matrix for all sums of squares, one to multiply.
         squares = torch.linalg.vector_norm(ortho, dim=-1, keepdim=True, dtype=torch.float32).square()
         variance = whole.kept["row_variance"]

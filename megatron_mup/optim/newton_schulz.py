@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from megatron_mup.kernels.symmetric import kernel_takes
 from megatron_mup.optim.coefficients import coefficient_schedule
-from megatron_mup.optim.gram import Watch, block_lengths, gram_newton_schulz
+from megatron_mup.optim.gram import Correction, Watch, block_lengths, gram_newton_schulz
+from megatron_mup.optim.thin import image
 
 
 @contextmanager
@@ -35,21 +37,33 @@ def orthonormalize_plain(
     dtype: torch.dtype = torch.float32,
     eps: float = 1e-7,
     watch: Watch | None = None,
+    correction: Correction | None = None,
+    norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """:func:`orthonormalize` in plain PyTorch: cast to ``dtype`` once normalized, all steps on the short side in it."""
+    """:func:`orthonormalize` in plain PyTorch: cast to ``dtype`` once normalized, all steps on the short side in it.
+
+    With a correction the second half of the steps is in fp32.
+    """
     work = x.reshape(-1, *x.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         work = work.mT
-    norm = torch.linalg.vector_norm(work, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp_(min=eps)
+    if norm is None:
+        norm = torch.linalg.vector_norm(work, dim=(-2, -1), dtype=torch.float32)
+    norm = norm.clamp(min=eps).view(-1, 1, 1)
     work = torch.div(work, norm, out=torch.empty_like(work, dtype=dtype))  # computed in fp32
     with full_fp32_products():
-        for a, b, c in coefficient_schedule(coefficients, steps):
+        for number, (a, b, c) in enumerate(coefficient_schedule(coefficients, steps)):
+            if correction is not None and number == steps // 2:
+                # What is all but done and has been rounded would round to the same again, whatever is added to it.
+                work = work.float()
             gram = work @ work.mT
             if watch is not None:
                 watch(work, gram)
             poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             work = torch.baddbmm(work, poly, work, beta=a)
+        if correction is not None:
+            work = torch.baddbmm(work, *correction(partial(image, work))).to(dtype)
     if tall:
         work = work.mT
     return work.reshape(x.shape).contiguous()
@@ -59,11 +73,10 @@ def gram_pays(batch: int, rows: int, columns: int) -> bool:
     """Whether Gram space is the faster for bf16 matrices on a GPU.
 
     The symmetric kernel's unit of work is a tile of 128 x 256. It gains by having half as many, which shows once they
-    fill the chip; long matrices gain earlier, from Gram space itself. Measured on an H100 (benchmarks/results).
+    fill half the chip. Measured on an H100 (benchmarks/results).
     """
-    short, long = sorted((rows, columns))
-    tiles = batch * math.ceil(short / 256) ** 2
-    return short >= 512 and tiles >= (64 if long >= 2 * short else 132)
+    short = min(rows, columns)
+    return short >= 512 and batch * math.ceil(short / 256) ** 2 >= 64
 
 
 @torch.no_grad()
@@ -74,6 +87,8 @@ def orthonormalize(
     dtype: torch.dtype = torch.float32,
     eps: float = 1e-7,
     watch: Watch | None = None,
+    correction: Correction | None = None,
+    norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Approximates U V^T for each matrix U S V^T of a batch.
 
@@ -88,14 +103,20 @@ def orthonormalize(
         dtype: precision of the iteration; fp32 is full fp32, whatever the process allows elsewhere.
         eps: smallest norm to divide by.
         watch: is shown the iterate before each step; where Gram space skips iterates, before each block of steps.
+        correction: is added to the result before that is rounded.
+        norm: fp32 ``[batch]``, Frobenius norms of x, if they are known.
 
     Returns:
         ``[..., m, n]`` in ``dtype``, new memory.
     """
     work = x.reshape(-1, *x.shape[-2:])
-    if dtype is torch.bfloat16 and steps and x.is_cuda and x.shape[-2] % 8 == 0 and gram_pays(*work.shape):
+    # With a correction always, for plain PyTorch then needs fp32.
+    pays = correction is not None or gram_pays(*work.shape)
+    if dtype is torch.bfloat16 and steps and x.is_cuda and x.shape[-2] % 8 == 0 and pays:
         halves = work.to(dtype).contiguous()
         if kernel_takes(halves):
             schedule = coefficient_schedule(coefficients, steps)
-            return gram_newton_schulz(halves, schedule, block_lengths(coefficients, steps), eps, watch).view(x.shape)
-    return orthonormalize_plain(x, steps, coefficients, dtype, eps, watch)
+            square = x.shape[-2] == x.shape[-1] and watch is None
+            lengths = block_lengths(coefficients, steps, square)
+            return gram_newton_schulz(halves, schedule, lengths, eps, watch, correction, norm).view(x.shape)
+    return orthonormalize_plain(x, steps, coefficients, dtype, eps, watch, correction, norm)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_mup.config import Config
 from megatron_mup.optim.build import MATRIX_OPTIMIZERS, SCALAR_OPTIMIZERS, build_matrix, build_scalar, build_tables
-from megatron_mup.optim.clip import gradients
+from megatron_mup.optim.clip import gradients, scale_grads
 from megatron_mup.optim.experts import ExpertRanks
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.planner import Plan, describe
@@ -155,6 +155,7 @@ class Optimizer:
             ranks = ExpertRanks(mesh)
             self._experts = build_matrix(matrix, ranks.parts(experts, mesh), config, ranks, mesh.device)
         self._scalar = build_scalar(scalar, claimed[scalar], config, mesh)
+        self._for_others = [param for name in RULES if name != scalar for param, _ in claimed[name]]
         self._tables = build_tables(claimed["scion_tables"], config)
 
     @torch.no_grad()
@@ -192,20 +193,25 @@ class Optimizer:
             return dense
         return f"{dense}\nexperts, over the ranks that hold the same ones:\n{describe(self._experts.plan, size)}"
 
-    def step(self, factor: float) -> None:
-        """One step at ``factor`` times the peak learning rates; gradients stay as they are.
+    def step(self, factor: float, scale: torch.Tensor | None = None) -> None:
+        """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices.
 
-        Collective over the ranks that share matrices.
+        Args:
+            factor: of the rates.
+            scale: 0-d fp32, a factor on all gradients; None is 1. AdamW's kernel multiplies as it reads; for the others
+                gradients are multiplied in place.
 
         Raises:
             RuntimeError: a parameter that has no gradient; nothing has been updated then.
         """
         gradients(self._params)
+        if scale is not None:
+            scale_grads(self._for_others, scale)
         self._matrix.step(factor)
         if self._experts is not None:
             self._experts.step(factor)
         self._tables.step(factor)
-        self._scalar.step(factor)
+        self._scalar.step(factor, scale)
 
     def state_tensors(self) -> dict[str, tuple[MainParam, torch.Tensor]]:
         """State of every parameter by ``<kind>/<parameter>``: ``exp_avg``, ``momentum`` and so on.

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron_mup.optim.clip import gradients
+from megatron_mup.optim.clip import gradients, scale_grads
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.parametrization.table import Scaling
 
@@ -58,8 +58,10 @@ class ElementwiseOptimizer(ABC):
                 self._groups.setdefault(key, []).append(param)
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step at ``factor`` times the peak learning rates."""
+    def step(self, factor: float, scale: torch.Tensor | None = None) -> None:
+        """One step at ``factor`` times the peak learning rates; ``scale`` is a 0-d factor on the gradients."""
+        if scale is not None:
+            scale_grads(self._params, scale)
         grads = {param.meta.name: grad for param, grad in zip(self._params, gradients(self._params), strict=True)}
         self.steps_done += 1
         for (lr, decay, eps), group in self._groups.items():

@@ -14,7 +14,8 @@ from megatron_mup.optim.exchange import MatrixRanks
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.matrix import Kept, MatrixOptimizer, MatrixSettings, Whole
 from megatron_mup.optim.newton_schulz import full_fp32_products
-from megatron_mup.optim.tangent import tangent_direction, thin_product
+from megatron_mup.optim.tangent import tangent_direction
+from megatron_mup.optim.thin import image
 from megatron_mup.parametrization.table import Scaling
 
 SQUARINGS = 9
@@ -22,8 +23,8 @@ SQUARINGS = 9
 1.02^512 = 25000 on it, so that newcomers are found in time, which a few iterations from the old vector don't do."""
 
 _TINY = 1e-18
-_SCALE = 2.0**13
-"""Of Gram matrices as they are stored: fp16 has a small range, and they have norm 1."""
+_SCALE = 2.0**15
+"""Of Gram matrices as they are stored: fp16 has a small range, and they have norm 1 at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,15 @@ def _unit(vector: torch.Tensor) -> torch.Tensor:
     return vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp(min=_TINY)
 
 
+def _inverse_square(norm: torch.Tensor) -> torch.Tensor:
+    return norm.clamp(min=_TINY).reciprocal().square()
+
+
 def top_singular(
-    weight: torch.Tensor, start: torch.Tensor, dtype: torch.dtype = torch.float32
+    weight: torch.Tensor,
+    start: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    norm: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Largest singular value and its vectors, without waiting for the device.
 
@@ -57,6 +65,7 @@ def top_singular(
         weight: ``[batch, m, n]``.
         start: ``[batch, n]``, the right vectors of the step before, or zeros.
         dtype: precision of the Gram matrix.
+        norm: fp32 ``[batch]``, Frobenius norms of the weights, if they are known.
 
     Returns:
         Value ``[batch]``, left ``[batch, m]`` and right ``[batch, n]`` unit vectors; zeros for a zero matrix.
@@ -65,31 +74,26 @@ def top_singular(
     wide = weight.mT if tall else weight
     stored = torch.float32 if dtype is torch.float32 else torch.float16
     with full_fp32_products():
-        short = _unit(start if tall else _image(wide, start))
+        short = _unit(start if tall else image(wide, start))
         # A fixed chirp in every start: a direction that is new at the top must not begin at zero.
         index = torch.arange(short.shape[-1], device=weight.device, dtype=torch.float32)
         short = short + 0.1 * _unit(torch.cos(0.618034 * index * (index % 1024) + index))
         rough = weight.to(dtype)
-        norm = torch.linalg.vector_norm(rough, dim=(-2, -1), dtype=torch.float32)
+        if norm is None:
+            norm = torch.linalg.vector_norm(rough, dim=(-2, -1), dtype=torch.float32)
         form: Form = "columns" if tall else "rows"
-        for squaring in range(SQUARINGS + 1):
-            scale = norm.clamp(min=_TINY).reciprocal().square()
-            if squaring == 0:
-                gram = symmetric_product(rough, rough, form, alpha=_SCALE, scale=scale, dtype=stored)
-            else:
-                gram = symmetric_product(gram, gram, "symmetric", alpha=_SCALE, scale=scale)
-            norm = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32)
-        short = _unit(_image(gram, short))
-        long = _unit(_image(wide.mT, short))
-        short = _unit(_image(wide, long))
-        long = _image(wide.mT, short)
+        gram = symmetric_product(rough, rough, form, alpha=_SCALE, scale=_inverse_square(norm), dtype=stored)
+        for _ in range(SQUARINGS):
+            # Not less than the spectral norm, and read off the diagonal.
+            trace = gram.diagonal(dim1=-2, dim2=-1).float().sum(-1)
+            gram = symmetric_product(gram, gram, "symmetric", alpha=_SCALE, scale=_inverse_square(trace))
+        short = _unit(image(gram, short))
+        long = _unit(image(wide.mT, short))
+        short = _unit(image(wide, long))
+        long = image(wide.mT, short)
         sigma = torch.linalg.vector_norm(long, dim=-1)
         long = _unit(long)
     return (sigma, long, short) if tall else (sigma, short, long)
-
-
-def _image(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return thin_product(matrix, vector[..., None])[..., 0]
 
 
 class MuonSphere(MatrixOptimizer[SphereSettings]):
@@ -124,13 +128,13 @@ class MuonSphere(MatrixOptimizer[SphereSettings]):
         assert whole.weight is not None
         vector = whole.kept["right_vector"]
         known = (vector != 0).any(-1)
-        sigma, left, right = top_singular(whole.weight, vector, self.settings.ns_dtype)
+        sigma, left, right = top_singular(whole.weight, vector, self.settings.ns_dtype, whole.norms[1])
         vector.copy_(right)
-        return self.direction(whole.update, left, right), torch.stack([sigma, known.float()], -1)
+        return self.direction(whole, left, right), torch.stack([sigma, known.float()], -1)
 
-    def direction(self, update: torch.Tensor, _left: torch.Tensor, _right: torch.Tensor) -> torch.Tensor:
+    def direction(self, whole: Whole, _left: torch.Tensor, _right: torch.Tensor) -> torch.Tensor:
         """Phi, from the update and W's top singular vectors."""
-        return self.orthonormal(update)
+        return self.orthonormal(whole)
 
     def factors(self, rates: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Minus the rate times the radius; what retraction adds."""
@@ -149,10 +153,8 @@ class SpectralSphere(MuonSphere):
     that leaves sigma as it is, to first order (`tangent_direction`).
     """
 
-    def direction(self, update: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def direction(self, whole: Whole, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Phi, from the update and W's top singular vectors."""
         own = self.settings
-        found = tangent_direction(
-            update, left, right, own.num_ns_steps, own.coefficients, own.solver_steps, own.ns_dtype
-        )
-        return found[0]
+        search = (own.num_ns_steps, own.coefficients, own.solver_steps, own.ns_dtype)
+        return tangent_direction(whole.update, left, right, *search, whole.norms[0])[0]

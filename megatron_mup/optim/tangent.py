@@ -5,7 +5,7 @@ Wanted is ``Phi = msign(M + lambda u v^T)`` with ``h(lambda) = u^T Phi v = 0``. 
 confined to a few dozen rows: those that powers of the iterates ``X_k X_k^T`` make of u and of ``X_k v``. Each iterate
 resolves singular values of another size, so together they know all of them. The problem is compressed to these rows
 and solved there in Gram space, by the same polynomials and for many lambdas at once; the difference to lambda0 is added
-to Phi.
+to Phi, in the product that forms it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mup.optim.coefficients import Coefficients, coefficient_schedule
+from megatron_mup.optim.gram import Image
 from megatron_mup.optim.newton_schulz import full_fp32_products, orthonormalize
+from megatron_mup.optim.thin import add_product_, image, padded, thin_product
 
 POWERS = 2
 """Powers of ``X_k X_k^T`` that enter the basis, for each iterate."""
@@ -37,58 +39,6 @@ def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left[..., :, None] * right[..., None, :]
 
 
-def _halves(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two numbers of half precision whose sum is all but x."""
-    high = x.to(dtype)
-    return high, (x - high.to(x.dtype)).to(dtype)
-
-
-def _padded(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Joined, and filled with zeros up to a multiple of 8, as fast products of half precision want it."""
-    missing = -sum(part.shape[dim] for part in parts) % 8
-    if not missing:
-        return torch.cat(parts, dim)
-    shape = list(parts[0].shape)
-    shape[dim] = missing
-    return torch.cat([*parts, parts[0].new_zeros(shape)], dim)
-
-
-def thin_product(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """A matrix of any precision times a few fp32 columns, as if in fp32, in one pass over the matrix.
-
-    Args:
-        matrix: ``[batch, m, n]``.
-        columns: fp32 ``[batch, n, k]``.
-
-    Returns:
-        fp32 ``[batch, m, k]``.
-    """
-    if not matrix.is_cuda or matrix.dtype is torch.float32:
-        return matrix.float() @ columns
-    k = columns.shape[-1]
-    found = torch.bmm(matrix, _padded([*_halves(columns, matrix.dtype)], -1), out_dtype=torch.float32)
-    return found[..., :k] + found[..., k : 2 * k]
-
-
-def plus_product(matrix: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """A matrix plus a product of low rank, summed in fp32 and rounded once.
-
-    Args:
-        matrix: ``[batch, m, n]``.
-        left: fp32 ``[batch, m, k]``.
-        right: fp32 ``[batch, k, n]``.
-
-    Returns:
-        ``[batch, m, n]`` in the matrix's precision.
-    """
-    if matrix.dtype is torch.float32:
-        return torch.baddbmm(matrix, left, right)
-    if not matrix.is_cuda:
-        return torch.baddbmm(matrix.float(), left, right).to(matrix.dtype)
-    (a, b), (c, d) = _halves(left, matrix.dtype), _halves(right, matrix.dtype)
-    return torch.baddbmm(matrix, _padded([a, a, b], -1), _padded([c, d, c], -2))
-
-
 class _Directions:
     """Collects ``u, X_k v, X_k X_k^T u, X_k X_k^T X_k v, ...`` while Newton-Schulz runs."""
 
@@ -99,11 +49,11 @@ class _Directions:
     def __call__(self, iterate: torch.Tensor, gram: torch.Tensor) -> None:
         """Takes what an iterate ``[batch, m, n]`` makes of u and v; in half precision where it is, for directions may
         be rough."""
-        image = (iterate @ _padded([self._right.to(iterate.dtype)], -1))[..., :1].float()
+        image = (iterate @ padded([self._right.to(iterate.dtype)], -1))[..., :1].float()
         self._columns.append(_unit_columns(image))
         block = torch.cat([self._left, self._columns[-1]], -1)
         for _ in range(POWERS):
-            block = _unit_columns((gram @ _padded([block.to(gram.dtype)], -1))[..., :2].float())
+            block = _unit_columns((gram @ padded([block.to(gram.dtype)], -1))[..., :2].float())
             self._columns.append(block)
 
     def basis(self) -> torch.Tensor:
@@ -219,6 +169,7 @@ def tangent_direction(
     coefficients: str,
     rounds: int,
     dtype: torch.dtype = torch.float32,
+    norm: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``msign(M + lambda u v^T)`` with the lambda at which it is tangent: ``h(lambda) = <u v^T, msign(...)> = 0``.
 
@@ -230,11 +181,13 @@ def tangent_direction(
     Nothing waits for the device. What the search leaves of h is projected out.
 
     Args:
-        momentum: ``[batch, m, n]``; M is this divided by its Frobenius norm.
+        momentum: ``[batch, m, n]``; M is this divided by its Frobenius norm. On a GPU, if in half precision,
+            overwritten.
         left, right: unit ``[batch, m]`` and ``[batch, n]``, fp32.
         steps, coefficients: Newton-Schulz's.
         rounds: of the search; each narrows it by `INTERVALS`.
         dtype: precision of Newton-Schulz on whole matrices. The search is in fp64, what leads there and back in fp32.
+        norm: fp32 ``[batch]``, Frobenius norms of the momentum, if they are known.
 
     Returns:
         ``[batch, m, n]`` in ``dtype``; lambda ``[batch]``; what was projected out ``[batch]``.
@@ -245,45 +198,56 @@ def tangent_direction(
     def turned(x: torch.Tensor) -> torch.Tensor:
         return x.mT if tall else x
 
-    def plus(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return plus_product(x, b.mT, a.mT) if tall else plus_product(x, a, b)
+    found: list[torch.Tensor] = []
+
+    def correction(of_phi: Image) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the result for lambda0 to that for lambda; what the search leaves of h goes with it."""
+        basis = directions.basis()
+        rows = thin_product(turned(start).mT, basis.float()).mT / norm[:, None, None]
+        exact = rows.double()
+        gram = exact @ exact.mT
+        seen = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        problem = _Compressed(
+            gram=gram,
+            image=times(exact, v.double()),
+            axis=times(basis.mT, u.double()),
+            unseen=((start_norm / norm).double().square() - seen).clamp(min=0),
+            schedule=coefficient_schedule(coefficients, steps),
+        )
+        before, h = problem.polynomial(torch.zeros_like(reach)[:, None])
+        at_start = (u * of_phi(v)).sum(-1).double()
+        after, moved, shift = problem.search(at_start - h[:, 0], reach, rounds)
+        change = after - before[:, 0]
+        rest = at_start + ((times(change, problem.image) + moved) * problem.axis).sum(-1)
+        along = times(basis, moved) - rest[:, None] * u
+        found.extend([shift.float() - overlap, rest.float()])
+        return torch.cat([basis @ change, along[..., None]], -1).float(), torch.cat([rows, v[:, None]], -2)
 
     with full_fp32_products():
-        norm = torch.linalg.vector_norm(momentum, dim=(-2, -1), dtype=torch.float32).clamp(min=_TINY)
-        forward = thin_product(turned(momentum), v[..., None])[..., 0] / norm[:, None]
-        back = thin_product(turned(momentum).mT, u[..., None])[..., 0] / norm[:, None]
+        if norm is None:
+            norm = torch.linalg.vector_norm(momentum, dim=(-2, -1), dtype=torch.float32)
+        norm = norm.clamp(min=_TINY)
+        forward = image(turned(momentum), v) / norm[:, None]
+        back = image(turned(momentum).mT, u) / norm[:, None]
         overlap = (u * forward).sum(-1)
         reach = sum(
             torch.linalg.vector_norm(w - overlap[:, None] * axis, dim=-1) for w, axis in ((forward, u), (back, v))
         )
         # msign is not exact: a little room.
         reach = (1.01 * reach + 1e-6).double()
-        start = plus(momentum, u[..., None] * (-overlap * norm)[:, None, None], v[:, None]).to(dtype)
+        off = (-overlap * norm)[:, None, None]
+        if tall:
+            start = add_product_(momentum, v[..., None] * off, u[:, None]).to(dtype)
+        else:
+            start = add_product_(momentum, u[..., None] * off, v[:, None]).to(dtype)
+        if dtype is torch.float32:
+            start_norm = torch.linalg.vector_norm(start, dim=(-2, -1))
+        else:
+            # Without a pass over the matrix. Never less than there is: rounding leaves some of u v^T.
+            start_norm = norm * (1 - overlap.square()).clamp(min=2.0**-16).sqrt()
         directions = _Directions(u, v)
-        phi = orthonormalize(start, steps, coefficients, dtype, watch=directions)
-
-        basis = directions.basis()
-        rows = thin_product(turned(start).mT, basis.float()).mT / norm[:, None, None]
-        exact = rows.double()
-        gram = exact @ exact.mT
-        unseen = (torch.linalg.vector_norm(start, dim=(-2, -1), dtype=torch.float32) / norm).double().square()
-        unseen = (unseen - gram.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=0)
-        problem = _Compressed(
-            gram=gram,
-            image=times(exact, v.double()),
-            axis=times(basis.mT, u.double()),
-            unseen=unseen,
-            schedule=coefficient_schedule(coefficients, steps),
+        phi = orthonormalize(
+            start, steps, coefficients, dtype, watch=directions, correction=correction, norm=start_norm
         )
-        before, h = problem.polynomial(torch.zeros_like(reach)[:, None])
-        found = (u * thin_product(turned(phi), v[..., None])[..., 0]).sum(-1).double()
-        after, moved, shift = problem.search(found - h[:, 0], reach, rounds)
-        change = after - before[:, 0]
-        rest = found + ((times(change, problem.image) + moved) * problem.axis).sum(-1)
-        along = times(basis, moved) - rest[:, None] * u
-        phi = plus(
-            phi,
-            torch.cat([basis @ change, along[..., None]], -1).float(),
-            torch.cat([rows, v[:, None]], -2),
-        )
-    return phi, shift.float() - overlap, rest.float()
+    shift, rest = found
+    return phi, shift, rest

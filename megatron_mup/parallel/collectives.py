@@ -6,6 +6,8 @@ private module; it is used here alone, because torch.compile traces through it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,6 +99,73 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(grad, ctx.send, ctx.receive, ctx.group), None, None, None
 
 
+@dataclass
+class _Exchange:
+    """Two halves of an exchange of rows, and of their gradients' way back.
+
+    Attributes:
+        receive, send, group: see `all_to_all`.
+        back: gradients under way.
+    """
+
+    receive: list[int]
+    send: list[int]
+    group: dist.ProcessGroup
+    back: torch.Tensor | None = None
+
+
+class _StartAllToAll(torch.autograd.Function):
+    """The first half; backward is the second half of the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+        ctx.exchange = exchange
+        return _started(x, exchange.receive, exchange.send, exchange.group)
+
+    @staticmethod
+    def backward(ctx: Any, _grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        back, ctx.exchange.back = ctx.exchange.back, None
+        return _waited(back), None
+
+
+class _FinishAllToAll(torch.autograd.Function):
+    """The second half; backward is the first half of the way back. Gradients travel beside autograd, which knows one
+    shape for both ends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, exchange: _Exchange) -> torch.Tensor:
+        ctx.exchange = exchange
+        return _waited(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        way = ctx.exchange
+        way.back = _started(grad, way.send, way.receive, way.group)
+        return grad, None
+
+
+def _started(x: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Rows under way: a plain tensor, to be read once it was waited for."""
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), receive, send, group.group_name)
+
+
+def _waited(x: torch.Tensor) -> torch.Tensor:
+    return funcol.wait_tensor(x)
+
+
+def all_to_all_around(
+    meanwhile: Callable[[], None], x: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """`all_to_all` with work done while rows are under way, and that work's backward while their gradients are.
+
+    For backward it's the order of forward that counts: autograd takes the latest of the nodes that are ready.
+    """
+    exchange = _Exchange(receive, send, group)
+    rows = _StartAllToAll.apply(x, exchange)
+    meanwhile()
+    return _FinishAllToAll.apply(rows, exchange)
+
+
 def all_to_all(x: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """Rows to other ranks and theirs here, in the order of ranks.
 
@@ -106,6 +175,28 @@ def all_to_all(x: torch.Tensor, receive: list[int], send: list[int], group: dist
         group: the ranks.
     """
     return _AllToAll.apply(x, receive, send, group)
+
+
+def gather_rows(x: torch.Tensor, sizes: list[int], axis: TensorAxis) -> torch.Tensor:
+    """Rows of all ranks, one after the other, which may have unequally many; gradients come back summed.
+
+    Args:
+        x: this rank's rows.
+        sizes: number of rows of each rank; any may be 0.
+        axis: the ranks.
+    """
+    if axis.group is None:
+        return x
+    return all_to_all(x.repeat(axis.size, *[1] * (x.dim() - 1)), sizes, [len(x)] * axis.size, axis.group)
+
+
+def sum_rows(x: torch.Tensor, sizes: list[int], axis: TensorAxis) -> torch.Tensor:
+    """Partial sums of all ranks' rows to the sums of this rank's own: the way back of `gather_rows`."""
+    if axis.group is None:
+        return x
+    own = sizes[axis.rank]
+    # The sum is rounded once, whatever the number of ranks.
+    return all_to_all(x, [own] * axis.size, sizes, axis.group).view(axis.size, own, *x.shape[1:]).sum(0)
 
 
 def enter_tensor_parallel(x: torch.Tensor, axis: TensorAxis, sequence_parallel: bool) -> torch.Tensor:

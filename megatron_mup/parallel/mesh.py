@@ -1,5 +1,5 @@
 """Who is where: the ranks of a run, laid out over the axes pipeline, tensor, replica and shard; and, for the experts of
-MoE layers, the ranks of each stage laid out anew over expert replica, expert shard and expert rank.
+MoE layers, the ranks of each stage laid out anew over expert replica, expert shard, expert rank and expert tensor rank.
 
 Context-parallel ranks, which share sequences, are neighbours among the replicas and shards: these two axes are the
 ranks that see different tokens, of other samples or of the same ones.
@@ -18,7 +18,7 @@ from megatron_mup.parallel.chunks import shard_bounds
 from megatron_mup.parametrization.meta import ParamMeta
 
 AXES = ("pp", "tp", "dp_replicate", "dp_shard")
-EXPERT_AXES = ("edp_replicate", "edp_shard", "ep")
+EXPERT_AXES = ("edp_replicate", "edp_shard", "ep", "etp")
 
 
 def rank_grid(pp: int, tp: int, replicate: int, shard: int) -> torch.Tensor:
@@ -30,13 +30,14 @@ def rank_grid(pp: int, tp: int, replicate: int, shard: int) -> torch.Tensor:
     return torch.arange(world).view(pp, replicate, shard, tp).permute(0, 3, 1, 2).contiguous()
 
 
-def expert_grid(pp: int, replicate: int, shard: int, ep: int) -> torch.Tensor:
-    """Ranks as ``[pp, edp_replicate, edp_shard, ep]``.
+def expert_grid(pp: int, replicate: int, shard: int, ep: int, etp: int) -> torch.Tensor:
+    """Ranks as ``[pp, edp_replicate, edp_shard, ep, etp]``.
 
-    Expert ranks are neighbours, whatever their tensor and data places. Replicas are farthest apart, as they are in
-    `rank_grid`, so that a replica of the experts and one of everything else are the same ranks.
+    Ranks that share an expert's matrices are neighbours, then expert ranks, whatever their tensor and data places.
+    Replicas are farthest apart, as they are in `rank_grid`, so that a replica of the experts and one of everything else
+    are the same ranks.
     """
-    return torch.arange(pp * replicate * shard * ep).view(pp, replicate, shard, ep)
+    return torch.arange(pp * replicate * shard * ep * etp).view(pp, replicate, shard, ep, etp)
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ class Mesh:
             joint["embedding"] = dist.new_subgroups_by_enumeration(ends)[0]
         experts = None
         if config.moe.num_experts is not None:
-            ep = parallel.expert_model_parallel_size
-            holders = data * parallel.tensor_model_parallel_size // ep
+            ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+            holders = data * parallel.tensor_model_parallel_size // (ep * etp)
             # Without data-parallel peers, or with replicas only, nothing is sharded.
             copies = holders if data == 1 or shard == 1 else replicate
-            experts_grid = expert_grid(parallel.pipeline_model_parallel_size, copies, holders // copies, ep)
+            experts_grid = expert_grid(parallel.pipeline_model_parallel_size, copies, holders // copies, ep, etp)
             experts = DeviceMesh(device.type, experts_grid, mesh_dim_names=("pp", *EXPERT_AXES))
-            columns = experts_grid.view(len(experts_grid), holders, ep).transpose(1, 2).reshape(-1, holders)
+            columns = experts_grid.flatten(1, 2).transpose(1, 2).reshape(-1, holders * etp)
             joint["experts"] = dist.new_subgroups_by_enumeration(columns.tolist())[0]
         return cls(world, device, joint, experts, context)
 
@@ -149,9 +150,10 @@ class Mesh:
         """The ranks that share shards or copies of the same experts."""
         return self._joint["experts"]
 
-    def expert_places(self) -> list[tuple[int, int]]:
-        """Replica and shard coordinate of each rank of `expert_group`, in the group's order."""
-        return [(r, s) for r in range(self.size("edp_replicate")) for s in range(self.size("edp_shard"))]
+    def expert_places(self) -> list[tuple[int, int, int]]:
+        """Expert tensor, replica and shard coordinate of each rank of `expert_group`, in the group's order."""
+        replicas, shards, parts = (range(self.size(axis)) for axis in ("edp_replicate", "edp_shard", "etp"))
+        return [(part, replica, shard) for replica in replicas for shard in shards for part in parts]
 
     @property
     def embedding_group(self) -> dist.ProcessGroup:
@@ -179,6 +181,7 @@ class Mesh:
             self.rank("ep"),
             size,
             sum_copies=self.sharding_size == 1 and self.size("edp_replicate") > 1,
+            tensor=TensorAxis(self.group("etp") if self.size("etp") > 1 else None, self.rank("etp"), self.size("etp")),
         )
 
     @property
@@ -233,6 +236,9 @@ class TensorAxis:
         return start, min(chunk, length - start)
 
 
+ALONE = TensorAxis(None, 0, 1)
+
+
 @dataclass(frozen=True)
 class ContextAxis:
     """Place of a rank on the context-parallel axis; ``group`` is None when it is alone.
@@ -256,15 +262,15 @@ class ExpertAxis:
     """Place of a rank on the expert-parallel axis; ``group`` is None when it is alone.
 
     ``sum_copies``: gradients of other ranks' copies of the same experts still have to be summed, because no data
-    parallelism does it.
+    parallelism does it. ``tensor``: the ranks that share the matrices of each of this rank's experts.
     """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
     sum_copies: bool = False
+    tensor: TensorAxis = ALONE
 
 
-ALONE = TensorAxis(None, 0, 1)
 ONE_CONTEXT_RANK = ContextAxis(None, 0, 1)
 ONE_EXPERT_RANK = ExpertAxis(None, 0, 1)

@@ -89,9 +89,11 @@ class ParamMeta:
         blocks: logical matrices of a fused tensor; empty when the tensor is one matrix.
         layer: number of the transformer layer, or None outside the stack.
         branch: residual branch it lies in, ``"attention"`` or ``"mlp"``, or None.
-        tp_dim: dimension that tensor parallelism shards, or None when every tensor rank holds a copy.
+        tp_dim: dimension that tensor parallelism shards, or None when every tensor rank holds a copy. Of experts: the
+            dimension of each expert's matrix that expert tensor ranks share, of its rows an equal run of each block.
         experts: number of experts whose matrices are stacked along the rows, of which expert-parallel ranks take equal
             shares; None for a parameter that expert parallelism doesn't touch. Fans are those of one expert's matrix.
+            Their blocks are of one size.
         tied_to: name of the parameter of which this is another stage's copy; it counts, and is saved, only once.
         grad_sum_axes: axes over which the gradients of its copies still have to be summed: ``"tp"``, ``"embedding"``
             (first and last pipeline stage), ``"edp_replicate"`` (copies of the same experts).

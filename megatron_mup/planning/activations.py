@@ -93,12 +93,14 @@ class _ExpertWidths:
     Attributes:
         tokens: that a rank routes.
         rows: assignments.
-        mlp_in, mlp_out: channels before and after an expert's activation.
+        gathered: rows that a rank's experts compute with, those of expert tensor ranks among them.
+        mlp_in, mlp_out: channels before and after an expert's activation, cut by expert tensor ranks.
         shared_in, shared_out: of shared experts, cut by tensor ranks.
     """
 
     tokens: int
     rows: int
+    gathered: int
     mlp_in: int
     mlp_out: int
     shared_in: int
@@ -106,10 +108,11 @@ class _ExpertWidths:
 
     @classmethod
     def of(cls, config: Config, cut: Cut) -> _ExpertWidths:
-        gates, ffn = 2 if config.model.swiglu else 1, config.expert_ffn_size
+        gates, ffn = 2 if config.model.swiglu else 1, config.expert_ffn_size // cut.expert_tensor
         tokens = cut.tokens // cut.sequence
+        rows = tokens * config.moe.moe_router_topk
         shared = (config.moe.moe_shared_expert_intermediate_size or 0) // cut.tp
-        return cls(tokens, tokens * config.moe.moe_router_topk, gates * ffn, ffn, gates * shared, shared)
+        return cls(tokens, rows, rows * cut.expert_tensor, gates * ffn, ffn, gates * shared, shared)
 
 
 def layer_bytes(config: Config, cut: Cut, kept: Kept, experts: bool = False) -> float:
@@ -158,7 +161,8 @@ def _operands(config: Config, cut: Cut, experts: bool) -> float:
         return cut.tokens * (attention + widths.hidden + widths.mlp_in + (1 + eager) * widths.mlp_out)
     mlp = _ExpertWidths.of(config, cut)
     # The router's input; rows as they come to an expert, and as they leave it.
-    routed = mlp.tokens * widths.hidden + mlp.rows * (2 * widths.hidden + mlp.mlp_in + (1 + eager) * mlp.mlp_out)
+    routed = (mlp.tokens + mlp.rows) * widths.hidden
+    routed += mlp.gathered * (widths.hidden + mlp.mlp_in + (1 + eager) * mlp.mlp_out)
     # Without tensor ranks shared experts save the router's input.
     gathered = widths.hidden if mlp.shared_out and cut.tp > 1 else 0
     return cut.tokens * (attention + gathered + mlp.shared_in + (1 + eager) * mlp.shared_out) + routed
@@ -171,9 +175,10 @@ def gathers_context(config: Config, cut: Cut) -> bool:
 
 def _routing_bytes(config: Config, cut: Cut) -> float:
     """Bytes that say where rows come from and go to, and the router's probabilities, loads and choice."""
-    rows, tokens = _ExpertWidths.of(config, cut).rows, cut.tokens // cut.sequence
+    mlp = _ExpertWidths.of(config, cut)
+    rows, tokens = mlp.rows, mlp.tokens
     assert config.moe.num_experts is not None
-    places = 8 * (2 if cut.experts == 1 else 4) * rows
+    places = 8 * 2 * (rows if cut.experts == cut.expert_tensor == 1 else rows + mlp.gathered)
     return places + (8 + 2 * FP32) * rows + 2 * FP32 * tokens * config.moe.num_experts
 
 
@@ -183,14 +188,16 @@ def _products(config: Config, cut: Cut, stream: int, experts: bool) -> float:
     attention = 2 * widths.query + 2 * widths.key
     if config.model.multi_latent_attention:
         attention = _LatentWidths.of(config, cut.tp).products()
-    if config.training.torch_compile and not experts:
-        # Of a compiled layer selective recomputation sees attention alone, and takes the products again.
+    if config.training.torch_compile and cut.context > 1 and not experts:
+        # Around a compiled layer selective recomputation sees attention alone, and takes the products again.
         return cut.tokens * widths.query
-    elements = cut.tokens * (attention + 2 * widths.hidden + widths.mlp_in)
+    # A compiler drops the output of the MLP, which backward doesn't read.
+    outputs = 1 if config.training.torch_compile else 2
+    elements = cut.tokens * (attention + outputs * widths.hidden + widths.mlp_in)
     if experts:
         mlp = _ExpertWidths.of(config, cut)
         elements = cut.tokens * (attention + widths.hidden + mlp.shared_in)
-        elements += mlp.rows * (2 * widths.hidden + mlp.mlp_in)
+        elements += mlp.rows * widths.hidden + mlp.gathered * (widths.hidden + mlp.mlp_in)
     if cut.tp > 1:
         elements += 2 * (cut.tokens * widths.hidden + stream) if cut.sequence > 1 else 2 * cut.tokens * widths.hidden
     return elements
@@ -231,7 +238,7 @@ def layer_workspace(config: Config, cut: Cut, experts: bool = False) -> float:
     work = cut.tokens * (copies * widths.mlp_in + widths.mlp_out + 2 * widths.hidden) * size
     if experts:
         mlp = _ExpertWidths.of(config, cut)
-        work = mlp.rows * (copies * mlp.mlp_in + mlp.mlp_out + 2 * widths.hidden) * size
+        work = mlp.gathered * (copies * mlp.mlp_in + mlp.mlp_out + 2 * widths.hidden) * size
         work += 2 * cut.tokens * widths.hidden * size
     if cut.context > 1:
         work = max(work, _context_workspace(config, cut))

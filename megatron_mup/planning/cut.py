@@ -19,7 +19,7 @@ class Cut:
     Attributes:
         tp, pp, replicate, shard: ranks along the axes; context-parallel ranks are among the last two.
         context: ranks that share sequences.
-        experts, expert_replicate, expert_shard: the ranks of a stage laid out anew for experts.
+        experts, expert_tensor, expert_replicate, expert_shard: the ranks of a stage laid out anew for experts.
         sequence: ranks that share the positions of the residual stream.
         schedule: of the pipeline.
         stages: layers ``[start, end)`` of each pipeline stage.
@@ -36,6 +36,7 @@ class Cut:
     shard: int
     context: int
     experts: int
+    expert_tensor: int
     expert_replicate: int
     expert_shard: int
     sequence: int
@@ -57,7 +58,8 @@ class Cut:
         ranks = data * context
         replicate = ranks if parallel.sharding == "no_shard" else parallel.num_distributed_optimizer_instances
         # As `parallel.mesh` has it: nothing is sharded where nothing else is.
-        holders = ranks * tp // experts
+        expert_tensor = parallel.expert_tensor_parallel_size
+        holders = ranks * tp // (experts * expert_tensor)
         copies = holders if ranks == replicate else replicate
         return cls(
             tp=tp,
@@ -66,6 +68,7 @@ class Cut:
             shard=ranks // replicate,
             context=context,
             experts=experts,
+            expert_tensor=expert_tensor,
             expert_replicate=copies,
             expert_shard=holders // copies,
             sequence=tp if parallel.sequence_parallel else 1,

@@ -100,13 +100,14 @@ def local_elements(meta: ParamMeta, cut: Cut, rank: int = 0) -> int:
     place, cuts, shards = place_of(cut, rank), cut.tp, cut.shard
     if meta.experts is not None:
         place, cuts, shards = expert_place_of(cut, rank), cut.experts, cut.expert_shard
-    return math.prod(shard_bounds(meta, cuts, place[0], shards, place[2])[1])
+    # Expert tensor ranks share evenly: any has as much as the first.
+    return math.prod(shard_bounds(meta, cuts, place[0], shards, place[2], cut.expert_tensor)[1])
 
 
 def model_parallel_elements(meta: ParamMeta, cut: Cut) -> int:
     """Elements of the largest shard of a parameter before data-parallel ranks cut it."""
     cuts = cut.tp if meta.experts is None else cut.experts
-    return math.prod(shard_bounds(meta, cuts, 0, 1, 0)[1])
+    return math.prod(shard_bounds(meta, cuts, 0, 1, 0, cut.expert_tensor)[1])
 
 
 def stage_plan(inventory: Inventory, cut: Cut, stage: int) -> Plan:
@@ -122,8 +123,8 @@ def place_of(cut: Cut, rank: int) -> Place:
 
 
 def expert_place_of(cut: Cut, rank: int) -> Place:
-    """The same among the ranks of experts: expert ranks are neighbours."""
-    rest, expert = divmod(rank, cut.experts)
+    """The same among the ranks of experts: those that share each of them are neighbours, then expert ranks."""
+    rest, expert = divmod(rank // cut.expert_tensor, cut.experts)
     return (expert, *divmod(rest, cut.expert_shard))
 
 
@@ -192,7 +193,7 @@ def _even_state(inventory: Inventory, cut: Cut, stage: int, experts: bool) -> fl
     """State of matrices, experts' or others, where homes share it evenly."""
     ranks, replicate = cut.tp * cut.dp, cut.replicate
     if experts:
-        ranks, replicate = cut.expert_replicate * cut.expert_shard, cut.expert_replicate
+        ranks, replicate = cut.expert_replicate * cut.expert_shard * cut.expert_tensor, cut.expert_replicate
     whole, largest, momentum, largest_momentum = 0.0, 0.0, 0.0, 0.0
     for holding, count in stage_holdings(inventory, cut, stage):
         if holding.cost is None or (holding.meta.experts is not None) != experts:
@@ -226,9 +227,11 @@ def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, voc
     layer = (whole - outside) / max(1, cut.layers(stage))
     compute, main = cut.compute.itemsize, cut.main.itemsize
     copies = cut.dp == 1 and compute != main
-    # Sums, scaling and clipping work in the precision of the copies.
-    scaled = scales_gradients(config) or config.fp8.fp8_format is not None or config.optimizer.clip_grad > 0
-    widened = cut.micro_batches > 1 or scaled
+    # Sums, scaling and clipping work in the precision of the copies; AdamW's own kernel scales as it reads.
+    optimizer = config.optimizer
+    scaled = scales_gradients(config) or config.fp8.fp8_format is not None or optimizer.clip_grad > 0
+    folded = optimizer.optimizer == "adam" and optimizer.adam_impl == "native"
+    widened = cut.micro_batches > 1 or (scaled and not folded)
     reduce = 2 if config.parallel.grad_reduce_in_bf16 else FP32
     in_flight = cut.in_flight(stage)
     activations, recomputed = _activations(config, cut, stage)

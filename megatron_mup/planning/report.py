@@ -39,6 +39,7 @@ def layout(estimate: Estimate) -> str:
     parts = [f"tp {cut.tp}", f"pp {cut.pp}", f"dp {cut.dp // cut.context}"]
     parts += [f"cp {cut.context}"] if cut.context > 1 else []
     parts += [f"ep {cut.experts}"] if cut.experts > 1 else []
+    parts += [f"etp {cut.expert_tensor}"] if cut.expert_tensor > 1 else []
     if cut.schedule != "1F1B":
         parts.insert(2, f"{cut.schedule} x {len(cut.held[0])} stages")
     if cut.dp > 1:

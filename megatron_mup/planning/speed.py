@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from megatron_mup.planning.memory import bytes_by_layer, local_elements, model_p
 from megatron_mup.training.flops import active_width, flops_per_token
 
 FP32 = 4
-BLOCKING = ("tensor", "context", "experts", "pipeline")
+BLOCKING = ("tensor", "context", "experts", "expert tensor", "pipeline")
 """Axes whose messages belong to each micro-batch."""
 
 
@@ -173,7 +173,11 @@ def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, 
     if cut.context > 1:
         found["context"] = _context_traffic(config, cut, hardware)
     if cut.experts > 1:
-        found["experts"] = _expert_traffic(config, cut, hardware)
+        found["experts"] = _expert_traffic(config, cut, hardware, cut.experts, cut.expert_tensor)
+    if cut.expert_tensor > 1:
+        # Each rank's rows go to all others, not to one of them.
+        part = _expert_traffic(config, cut, hardware, cut.expert_tensor, 1)
+        found["expert tensor"] = replace(part, sent=part.sent * cut.expert_tensor)
     if cut.shard > 1:
         gathers = 1 if cut.keeps_gathered else 2 * cut.micro_batches
         if cut.pp > 1 and not cut.keeps_gathered:
@@ -234,13 +238,13 @@ def _context_traffic(config: Config, cut: Cut, hardware: Hardware) -> Axis:
     return Axis(sent=sent * passes, rate=rate, messages=messages * passes, hidden=hidden)
 
 
-def _expert_traffic(config: Config, cut: Cut, hardware: Hardware) -> Axis:
-    """Tokens to their experts and back, in both directions, if all experts are as full."""
+def _expert_traffic(config: Config, cut: Cut, hardware: Hardware, ranks: int, stride: int) -> Axis:
+    """Tokens to their experts and back, in both directions, if all of ``ranks``, ``stride`` apart, get as many."""
     rows = cut.tokens // cut.sequence * config.moe.moe_router_topk
     layers = sum(config.moe.layers(config.model.num_layers)[layer] for part in cut.parts(0) for layer in range(*part))
     passes = layers * cut.micro_batches * (4 + 2 * (config.training.recompute == "full"))
-    sent = rows * config.model.hidden_size * cut.compute.itemsize * (cut.experts - 1) / cut.experts
-    return Axis(sent=sent * passes, rate=link_rate(hardware, cut.experts, 1), messages=passes, hidden=0.0)
+    sent = rows * config.model.hidden_size * cut.compute.itemsize * (ranks - 1) / ranks
+    return Axis(sent=sent * passes, rate=link_rate(hardware, ranks, stride), messages=passes, hidden=0.0)
 
 
 def _orthonormalized(inventory: Inventory, cut: Cut) -> float:

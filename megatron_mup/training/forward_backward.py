@@ -33,6 +33,7 @@ class ForwardBackward:
         self.model, self.config, self.mesh = model, config, mesh
         self._pipeline = Pipeline(model, config, mesh, after_weights) if mesh.size("pp") > 1 else None
         self._divisor = torch.ones((), device=mesh.device)
+        self._mode: bool | None = None
 
     def __call__(self, batch: Batch, divisor: torch.Tensor, train: bool = True) -> torch.Tensor:
         """Forward, and backward of the objective divided by ``divisor``; gradients are added to the parameters'.
@@ -48,7 +49,9 @@ class ForwardBackward:
             stage, zeros on the others.
         """
         count = len(batch["tokens"]) // self.config.training.micro_batch_size
-        self.model.train(train)
+        if self._mode != train:  # it goes through all modules, while the device waits for the first kernel
+            self._mode = train
+            self.model.train(train)
         self._divisor = divisor
         parts = {name: batch[name].chunk(count) for name in INPUTS if name in batch}
         inputs = [{name: part[index] for name, part in parts.items()} for index in range(count)]

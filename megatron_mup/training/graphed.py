@@ -33,11 +33,15 @@ def untimed(_phase: str) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a step knows before its update: loss and gradient norm, 0-d, and the sum of all ranks' requests."""
+    """What a step knows before its update: loss and gradient norm, 0-d, and the sum of all ranks' requests.
+
+    ``scale``, 0-d: the factor that gradients still lack, and the norm has; None for 1.
+    """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     requests: torch.Tensor
+    scale: torch.Tensor | None = None
 
 
 class GraphedGradients:
@@ -76,7 +80,8 @@ class GraphedGradients:
         for param, grad in zip(self._params, self._grads, strict=True):
             param.grad = grad
         found = self._found
-        return Found(found.loss.clone(), found.grad_norm.clone(), torch.full_like(found.requests, request))
+        requests = torch.full_like(found.requests, request)
+        return Found(found.loss.clone(), found.grad_norm.clone(), requests, found.scale)
 
     def _on_own_stream(self, batch: Batch, request: int, timer: PhaseTimer) -> Found:
         """Autograd remembers streams, and the default one can't be captured; so even the first step is on another."""

@@ -20,7 +20,7 @@ from megatron_mup.training.deepspeed_engine import check_deepspeed
 from megatron_mup.training.guard import BrokenRunError
 from megatron_mup.training.launch import Launch, init_process_group
 from megatron_mup.training.memory import is_out_of_memory, out_of_memory
-from megatron_mup.training.precision import check_libraries, check_schedule, settle_fp8
+from megatron_mup.training.precision import check_libraries, settle_fp8
 from megatron_mup.training.sinks import check_sinks
 from megatron_mup.training.trainer import Trainer, vocabulary_size
 
@@ -79,7 +79,6 @@ def _configure(argv: Sequence[str], launch: Launch) -> tuple[Config, bool]:
     check_sinks(parsed.config)
     check_deepspeed(parsed.config)
     check_libraries(parsed.config)
-    check_schedule(parsed.config)
     config = replace(parsed.config, model=replace(parsed.config.model, vocab_size=vocabulary_size(parsed.config)))
     validate(config, launch.world_size)
     table_rows(parameter_metas(config, config.model.vocab_size or 1), config)  # what has no rule is refused here

@@ -25,10 +25,14 @@ class _Stage(PipelineStage):
     Attributes:
         inputs: of each micro-batch; set before each step.
         after_weights: called when gradients of weights were taken by themselves.
+        keeps_graph: whether a micro-batch's graph is kept until gradients of weights were taken from it.
+        graphs: those kept, by micro-batch.
     """
 
     inputs: list[Inputs]
     after_weights: Callable[[], None]
+    keeps_graph: bool
+    graphs: dict[int, list[Any]]
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Runs one micro-batch."""
@@ -39,9 +43,28 @@ class _Stage(PipelineStage):
         """Calls the module. As inputs of the schedule integers would be asked for their gradients (PyTorch 2.11)."""
         return self.submod(*args, **self.inputs[self._running], **kwargs)
 
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: torch.Tensor | None = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> None:
+        """Takes all gradients, or that of the input.
+
+        The latter frees what lies above the nodes that have weights, and PyTorch 2.11 remembers nodes of Python's
+        autograd functions without holding them: those that have weights, as the router's, would be gone too.
+        """
+        if self.keeps_graph and not full_backward:
+            outputs, _ = self.fwd_cache[bwd_chunk_id]
+            # A view's node is PyTorch's own and holds all below it.
+            self.graphs[bwd_chunk_id] = [output.view_as(output).grad_fn for output in outputs]
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """Takes the gradients of weights."""
         super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self.graphs.pop(bwd_chunk_id, None)
         take_over_gradients(self.submod)
         self.after_weights()
 
@@ -166,8 +189,12 @@ class Pipeline:
             )
             for number, part in self._parts.items()
         ]
+        fused = self.config.training.cross_entropy_fusion_impl == "linear"
         for stage in stages:
-            stage.after_weights = self._after_weights
+            stage.after_weights, stage.graphs = self._after_weights, {}
+            # On the last stage the output layer's product holds all below it, unless it is one with the loss: so
+            # logits don't stay.
+            stage.keeps_graph = fused or not stage.is_last
         kind = get_schedule_class(schedule_name(self.config))
         held = stages if schedule_of(self.config).usual > 1 else stages[0]
         return kind(held, count, loss_fn=self._objective, scale_grads=False), stages

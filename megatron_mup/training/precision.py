@@ -9,9 +9,9 @@ import torch
 
 from megatron_mup.config import Config, ConfigError
 from megatron_mup.config.fields import told
-from megatron_mup.config.schedules import schedule_name, schedule_of
 from megatron_mup.kernels import libraries, te
 from megatron_mup.kernels.fp8 import device_has_fp8
+from megatron_mup.layers.fp8 import StaticLinear
 from megatron_mup.layers.te import products
 from megatron_mup.models.chunks import Model
 from megatron_mup.parallel.data_parallel import uses_fsdp
@@ -45,15 +45,15 @@ def settle_fp8(config: Config) -> tuple[Config, list[str]]:
 
 def _settle_transformer_engine(config: Config) -> tuple[Config, list[str]]:
     in_fp8 = config.fp8.fp8_format is not None
-    why = "the run is on CPUs" if not _on_gpu(config) else te.obstacle(config.fp8.fp8_recipe if in_fp8 else None)
-    if why is None:
+    found = _no_transformer_engine(config, config.fp8.fp8_recipe if in_fp8 else None)
+    if found is None:
         return config, []
+    why, fix = found
     if config.fp8.fp8_fallback == "stop":
         raise ConfigError(
             told(config, "transformer_impl", *(["fp8_recipe"] if in_fp8 else [])),
             f"Transformer Engine can't be used: {why}",
-            "install it (docs/performance.md), use --transformer-impl local, or go on in bf16 with PyTorch's products "
-            "(--fp8-fallback bf16)",
+            f"{fix}, use --transformer-impl local, or go on in bf16 with PyTorch's products (--fp8-fallback bf16)",
         )
     plain = replace(
         config,
@@ -62,6 +62,18 @@ def _settle_transformer_engine(config: Config) -> tuple[Config, list[str]]:
     )
     lost = "without it, and WITHOUT FP8, in bf16" if in_fp8 else "without it"
     return plain, [f"Transformer Engine can't be used: {why}. The run goes on {lost}"]
+
+
+def _no_transformer_engine(config: Config, recipe: str | None) -> tuple[str, str] | None:
+    """Why a run can't have Transformer Engine's products, and what would help; None if it can."""
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device", "run it where there is an NVIDIA GPU"
+    if not _on_gpu(config):
+        return "--distributed-backend gloo puts the run on CPUs", "use --distributed-backend nccl"
+    if (why := te.obstacle(None)) is not None:
+        return why, "install it (docs/performance.md)"
+    why = te.obstacle(recipe)
+    return None if why is None else (why, "choose another --fp8-recipe")
 
 
 def check_libraries(config: Config) -> None:
@@ -78,23 +90,19 @@ def check_libraries(config: Config) -> None:
             raise ConfigError(told(config, name), why, "install the library (docs/performance.md), or drop the flag")
 
 
-def check_schedule(config: Config) -> None:
-    """Refuses what a pipeline schedule was seen to fail at on GPUs.
-
-    Raises:
-        ConfigError: experts and a backward pass in halves, on GPUs.
-    """
-    split = config.parallel.pipeline_model_parallel_size > 1 and schedule_of(config).splits_backward
-    if split and config.moe.num_experts is not None and _on_gpu(config):
-        raise ConfigError(
-            f"--pipeline-schedule {schedule_name(config)}, {told(config, 'num_experts')}",
-            "on GPUs the half of backward that takes the gradients of experts' weights fails, for a reason not found",
-            "use --pipeline-schedule Interleaved1F1B",
-        )
-
-
 def _on_gpu(config: Config) -> bool:
     return torch.cuda.is_available() and config.parallel.distributed_backend != "gloo"
+
+
+def keep_static_casts(model: Model, config: Config, mesh: Mesh) -> None:
+    """Lets static FP8 layers keep their weights' casts for backward on ranks that hold parameters whole and one
+    micro-batch at a time; elsewhere that would be more than a rank's share of the weights, or many copies."""
+    if uses_fsdp(config, mesh) or mesh.size("pp") > 1:
+        return
+    for part in model.parts:
+        for module in part.modules():
+            if isinstance(module, StaticLinear):
+                module.keeps = True
 
 
 class TransformerEngineStep:

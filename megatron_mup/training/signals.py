@@ -34,8 +34,9 @@ class StopRequest:
                 if stop.agreed():
                     ...  # save, leave with EXIT_STOPPED
 
-    On a GPU the number is copied without waiting, behind what has been launched before; :meth:`agreed` waits for the
-    copy. Given to :meth:`submit` at the end of a step, it so waits for the step.
+    On a GPU the number is copied without waiting, behind what has been launched before, and :meth:`agreed` waits for
+    the copy before the last one alone: called at the end of each step it waits for the step before, so that the device
+    always has the next one to do. What it answers is a step old there.
 
     Args:
         minutes: allowed time from now on; None for no limit.
@@ -47,8 +48,9 @@ class StopRequest:
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._signalled = 0
         self._previous: dict[signal.Signals, object] = {}
-        self._agreed = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self._agreed = [torch.zeros((), dtype=torch.int64, pin_memory=on_gpu) for _ in range(2 if on_gpu else 1)]
+        self._copied = [torch.cuda.Event() for _ in self._agreed] if on_gpu else []
 
     def __enter__(self) -> StopRequest:
         """Installs the handlers; main thread only."""
@@ -71,15 +73,16 @@ class StopRequest:
 
     def submit(self, reduced: torch.Tensor) -> None:
         """Takes the reduced number, 0-d on the device, and starts its way to the host."""
-        self._agreed.copy_(reduced, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._agreed.append(self._agreed.pop(0).copy_(reduced, non_blocking=True))
+        if self._copied:
+            self._copied.append(self._copied.pop(0))
+            self._copied[-1].record()
 
     def agreed(self) -> str | None:
         """Why all ranks stop, e.g. ``SIGTERM``; None to go on. The same on every rank."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        value = int(self._agreed)
+        if self._copied:
+            self._copied[0].synchronize()
+        value = int(self._agreed[0])
         if value >= _TERM:
             return "SIGTERM"
         if value >= _USR1:

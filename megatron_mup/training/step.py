@@ -13,7 +13,7 @@ from megatron_mup.config import Config
 from megatron_mup.layers.loss import IGNORE
 from megatron_mup.models.chunks import Model
 from megatron_mup.models.gpt import parameter_metas
-from megatron_mup.optim.clip import clip_, global_grad_norm
+from megatron_mup.optim.clip import clip_factor, global_grad_norm
 from megatron_mup.optim.main_params import MainParams
 from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.parallel.mesh import Mesh
@@ -21,7 +21,7 @@ from megatron_mup.parametrization.operations import scales_gradients
 from megatron_mup.training.balancing import Balancing
 from megatron_mup.training.forward_backward import Batch, ForwardBackward
 from megatron_mup.training.graphed import Found, GraphedGradients, PhaseTimer, untimed
-from megatron_mup.training.precision import TransformerEngineStep
+from megatron_mup.training.precision import TransformerEngineStep, keep_static_casts
 
 Gate = Callable[[torch.Tensor, torch.Tensor], bool]
 """Whether the optimizer takes a step, given its loss and gradient norm; the same on all ranks."""
@@ -74,6 +74,7 @@ class TrainStep:
         self.forward_backward = ForwardBackward(model, config, mesh, self.main.accumulate)
         self.balancing = Balancing(model, config, mesh)
         self.transformer_engine = TransformerEngineStep(model, config, mesh)
+        keep_static_casts(model, config, mesh)
         self.unit_scaled = scales_gradients(config)
         # FP8 with scales that are older than the values needs gradients of a size that doesn't depend on the number of
         # tokens, until they are summed.
@@ -109,8 +110,7 @@ class TrainStep:
         with timer("optimizer"):
             self.before_update()
             if taken:
-                clip_(self.main.params, found.grad_norm, self.largest_norm)
-                self.optimizer.step(factor)
+                self.optimizer.step(factor, self._scale(found))
                 self.main.publish()
             self.main.zero_grad()
             routing = self.balancing.finish(taken)
@@ -129,11 +129,19 @@ class TrainStep:
                 sums = self.forward_backward(batch, divisor)
         with timer("gradients"):
             self.main.collect_grads()
+            norm, scale = global_grad_norm(self.main.params, self.mesh), None
             if self.sums_tokens:
-                self.main.scale_grads(tokens.rsqrt() if self.unit_scaled else tokens.reciprocal())
-            norm = global_grad_norm(self.main.params, self.mesh)
+                scale = tokens.rsqrt() if self.unit_scaled else tokens.reciprocal()
+                norm = norm * scale
             loss = self._mean_loss(sums, tokens)
-        return Found(loss, norm, requests)
+        return Found(loss, norm, requests, scale)
+
+    def _scale(self, found: Found) -> torch.Tensor | None:
+        """The factor on gradients that the optimizer applies: what they lack, times what clips them."""
+        clip = clip_factor(found.grad_norm, self.largest_norm)
+        if clip is None or found.scale is None:
+            return found.scale if clip is None else clip
+        return clip * found.scale
 
     def _warm_up(self, batch: Batch, divisor: torch.Tensor, micro_batches: int) -> None:
         """Lets FP8's scales see a step's values, and forgets all else that the passes did."""

@@ -93,6 +93,7 @@ class Trainer:
         self.checkpointer = Checkpointer(config, vocab_size, mesh, self.step, self.guard)
         self.progress = self.checkpointer.resume_or_initialise()
         self.under_way = self.progress.iteration + 1
+        self.stop_reason: str | None = None
 
     def train(self) -> int:
         """Runs to the end, or until something asks to stop; returns the process's exit code."""
@@ -126,10 +127,8 @@ class Trainer:
                     self._save(metrics)
                 elif done < self.length.iterations and self._is_due(config.checkpoint.non_persistent_save_interval):
                     self._save(metrics, persistent=False)
-                with self.watchdog.phase("waiting for the device"):
-                    reason = stop.agreed()
-                if reason and done < self.length.iterations:
-                    metrics.message(f"stopping after iteration {done}: {reason}")
+                if self.stop_reason and done < self.length.iterations:
+                    metrics.message(f"stopping after iteration {done}: {self.stop_reason}")
                     exit_code = EXIT_STOPPED
                     break
                 if self._is_due(training.exit_interval):
@@ -188,6 +187,7 @@ class Trainer:
         else:
             result = take()
         stop.submit(result.request)
+        self.stop_reason = self._agreed(stop)
         self.progress = Progress(progress.iteration + 1, progress.consumed_samples + size)
         with self.watchdog.phase("waiting for the device"):  # at the end of a log interval
             metrics.record(
@@ -206,6 +206,14 @@ class Trainer:
             )
         if self.guard.reason is not None:
             metrics.message(f"iteration {self.progress.iteration} left out: {self.guard.reason}")
+
+    def _agreed(self, stop: StopRequest) -> str | None:
+        """Why the run stops; waits on a GPU for the step before the one under way."""
+        self.under_way -= 1
+        with self.watchdog.phase("waiting for the device"):
+            reason = stop.agreed()
+        self.under_way += 1
+        return reason
 
     def _roll_back(self, metrics: Metrics) -> None:
         """Goes back to the last checkpoint of this run, but on in the data.

@@ -12,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_mup import checkpoint
 from megatron_mup.checkpoint.dcp import read_metadata
+from megatron_mup.config import Config, MoEConfig, ParallelConfig
+from megatron_mup.parallel.mesh import Mesh
 from tests.checkpoint.cases import LAYOUTS, Run, config_of, fill, known, load_all, save_known
 
 
@@ -55,6 +57,17 @@ def test_plain_dcp_reads_it(saved):
     dcp.load(state, checkpoint_id=saved["tp2-pp2"], no_dist=True)
     for key, value in state.items():
         assert torch.equal(value, known(key, tuple(shapes[key]), 7)), key
+
+
+def sizes(expert_tensor: int) -> dict[str, int]:
+    parallel = ParallelConfig(expert_tensor_parallel_size=expert_tensor)
+    config = Config(parallel=parallel, moe=MoEConfig(num_experts=2))
+    return checkpoint.layout_sizes(Mesh.build(config, torch.device("cpu")))
+
+
+def test_a_layout_names_ranks_that_share_experts_where_there_are_some(pool):
+    """Older checkpoints, which don't, are of the layout without."""
+    assert (pool.run(2, sizes, 1)[0].get("etp"), pool.run(2, sizes, 2)[0].get("etp")) == (None, 2)
 
 
 def test_without_a_process_group(tmp_path):

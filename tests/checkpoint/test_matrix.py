@@ -33,6 +33,7 @@ OPTIMIZERS = {
     ("experts", "spectral_sphere"): "--optimizer spectral_sphere",
 }
 ONE = Case(1, "")
+EXPERT_LAYOUTS = ("ep2", "ep2-tp2", "ep2-fsdp2", "ep2-hsdp2", "ep2-pp2", "etp2", "etp2-fsdp2", "etp2-ep2")
 LAYOUTS = {
     "dense": {
         "one": ONE,
@@ -44,7 +45,7 @@ LAYOUTS = {
     },
     "experts": {
         "one": ONE,
-        **{name: test_experts.LAYOUTS[name] for name in ("ep2", "ep2-tp2", "ep2-fsdp2", "ep2-hsdp2", "ep2-pp2")},
+        **{name: test_experts.LAYOUTS[name] for name in EXPERT_LAYOUTS},
     },
 }
 DAILY = [

@@ -28,7 +28,6 @@ def refused(argv: str, world_size: int = 1) -> ConfigError:
         ("--num-experts 4 --disable-bias-linear", 1, "--num-experts 4"),
         ("--hidden-dropout 0.1", 1, "--hidden-dropout 0.1"),
         ("--diagnostics-interval 5", 1, "--diagnostics-interval 5"),
-        ("--transformer-impl transformer_engine", 1, "--transformer-impl"),
     ],
 )
 def test_what_a_cuda_graph_cannot_hold(argv, world_size, name):

@@ -20,6 +20,8 @@ def check(flags: str, world_size: int = 1) -> list[str]:
         ("--moe-layer-freq 2 --moe-ffn-hidden-size 96 --moe-shared-expert-intermediate-size 64", 1),
         ("--expert-model-parallel-size 8 --tensor-model-parallel-size 2 --sequence-parallel", 8),
         ("--expert-model-parallel-size 2 --use-torch-fsdp2 --num-distributed-optimizer-instances 2", 8),
+        ("--expert-tensor-parallel-size 2 --expert-model-parallel-size 2 --optimizer muon", 4),
+        ("--expert-tensor-parallel-size 4 --tensor-model-parallel-size 2 --sequence-parallel", 4),
         ("--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1", 1),
         ("--moe-router-topk 4 --moe-router-num-groups 4 --moe-router-group-topk 2", 1),
         ("--moe-router-topk 1 --moe-router-pre-softmax --moe-expert-capacity-factor 1.5", 1),
@@ -68,7 +70,37 @@ def test_what_works_passes_without_a_word(flags, world_size):
             1,
             ["--optimizer-switch-carry-state"],
         ),
-        ("--expert-tensor-parallel-size 2", 1, ["--expert-tensor-parallel-size"]),
+        (
+            "--expert-tensor-parallel-size 2",
+            1,
+            ["1 rank", "--expert-tensor-parallel-size 1"],
+        ),
+        (
+            "--expert-tensor-parallel-size 2 --expert-model-parallel-size 4",
+            4,
+            ["--expert-model-parallel-size 4", "--expert-tensor-parallel-size 2", "4 ranks", "1 or 2"],
+        ),
+        (
+            "--expert-tensor-parallel-size 2 --use-torch-fsdp2 --num-distributed-optimizer-instances 2",
+            2,
+            ["--num-distributed-optimizer-instances 2", "--expert-tensor-parallel-size 2"],
+        ),
+        (
+            "--expert-tensor-parallel-size 4 --moe-ffn-hidden-size 90",
+            4,
+            ["--moe-ffn-hidden-size 90", "--expert-tensor-parallel-size 4", "--moe-ffn-hidden-size 88 or 92"],
+        ),
+        (
+            "--expert-tensor-parallel-size 2 --bf16 --moe-ffn-hidden-size 88",
+            2,
+            ["--expert-tensor-parallel-size 2", "a multiple of 16", "--moe-ffn-hidden-size 80 or 96"],
+        ),
+        (
+            "--expert-tensor-parallel-size 2 --bf16 --transformer-impl transformer_engine --fp8-format e4m3 "
+            "--fp8-recipe tensorwise",
+            2,
+            ["--expert-tensor-parallel-size 2", "--transformer-impl local"],
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(flags, world_size, parts):
@@ -78,9 +110,10 @@ def test_what_cannot_work_is_refused(flags, world_size, parts):
         assert part in str(caught.value)
 
 
-def test_expert_ranks_need_experts():
+@pytest.mark.parametrize("flag", ["--expert-model-parallel-size", "--expert-tensor-parallel-size"])
+def test_expert_ranks_need_experts(flag):
     with pytest.raises(ConfigError, match="there are no experts"):
-        warnings("--expert-model-parallel-size", "2", world_size=2)
+        warnings(flag, "2", world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_mup.config import Config, ConfigError, parse_config, validate
+from megatron_mup.kernels import te
 from megatron_mup.training.precision import settle_fp8
 
 TE = "--transformer-impl transformer_engine --bf16"
@@ -23,6 +25,7 @@ def parsed(flags: str, world_size: int = 1) -> tuple[Config, list[str]]:
 def test_what_is_fine():
     assert parsed(TE)[1] == []
     assert parsed(f"{TE} --recompute-granularity full --torch-compile")[1] == []
+    assert parsed(f"{TE} --fp8-format hybrid --fp8-recipe tensorwise --cuda-graph-impl local")[1] == []
     for recipe in ("delayed", "tensorwise", "mxfp8"):
         assert parsed(f"{TE} --fp8-format hybrid --fp8-recipe {recipe} --no-fp8-wgrad")[1] == []
     wide = "--hidden-size 128 --micro-batch-size 4 --fp8-recipe blockwise --tensor-model-parallel-size 1"
@@ -35,6 +38,7 @@ REFUSED = {
     "selective": (f"{TE} --recompute-granularity selective", "--recompute-granularity selective"),
     "deepspeed": (f"{TE} --distributed-engine deepspeed", "--distributed-engine deepspeed"),
     "graphs": (f"{TE} --cuda-graph-impl local", "--cuda-graph-impl local"),
+    "graph of delayed": (f"{TE} --fp8-format hybrid --fp8-recipe delayed --cuda-graph-impl local", "tensorwise"),
     "static": (f"{TE} --fp8-format hybrid", "--fp8-recipe static"),
     "local": ("--bf16 --fp8-format hybrid --fp8-recipe delayed", "add --transformer-impl transformer_engine"),
     "emulated": (
@@ -72,12 +76,27 @@ def test_idle_settings_are_told():
     assert parsed(f"{TE} --fp8-fallback bf16")[1] == []
 
 
+def test_the_reason_comes_before_the_cure(monkeypatch):
+    """Installing it is advised where that would help."""
+    config = parsed(f"{TE} --distributed-backend auto")[0]
+    for there, obstacle, reason, cure in (
+        (False, None, "this machine has no CUDA device", "run it where there is an NVIDIA GPU"),
+        (True, "importing it failed: boom", "importing it failed", "install it"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(te, "obstacle", lambda recipe, obstacle=obstacle: obstacle)
+        with pytest.raises(ConfigError, match=reason) as caught:
+            settle_fp8(config)
+        assert cure in str(caught.value)
+        assert ("install" in str(caught.value)) == there
+
+
 @pytest.mark.parametrize("recipe", [None, *RECIPES])
 def test_without_the_library(recipe):
     """On CPUs it can't run: one sentence, or a run in bf16 that says so."""
     fp8 = "" if recipe is None else f"--fp8-format hybrid --fp8-recipe {recipe}"
     flags = f"{TE} {fp8} --distributed-backend gloo --hidden-size 128 --micro-batch-size 4"
-    with pytest.raises(ConfigError, match=r"--transformer-impl transformer_engine.*Transformer Engine can't be used"):
+    with pytest.raises(ConfigError, match=r"--transformer-impl transformer_engine.*can't be used: (this|--dist)"):
         settle_fp8(parsed(flags)[0])
     config, told = settle_fp8(parsed(f"{flags} --fp8-fallback bf16")[0])
     assert config.training.transformer_impl == "local"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,10 +83,18 @@ def train_on_rank(config: Config) -> dict[str, Any]:
     return {name: seen[name] for name in ("losses", "norms")}
 
 
-def train_many_on_rank(configs: dict[str, Config], device: str = "cuda") -> dict[str, dict[str, Any] | str]:
+def nothing() -> dict[str, Any]:
+    """Nothing more to tell of a run."""
+    return {}
+
+
+def train_many_on_rank(
+    configs: dict[str, Config], device: str = "cuda", more: Callable[[], dict[str, Any]] = nothing
+) -> dict[str, dict[str, Any] | str]:
     """The same for several configurations by name, in one process group: starting one takes longer than most of them.
 
-    What fails gives its traceback. Where all ends in a hang, stderr says which was the last to begin.
+    With what ``more`` finds behind each. What fails gives its traceback. Where all ends in a hang, stderr says which
+    was the last to begin.
     """
     place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     meshes: dict[str, Mesh] = {}
@@ -98,7 +107,7 @@ def train_many_on_rank(configs: dict[str, Config], device: str = "cuda") -> dict
             if layout not in meshes:
                 meshes[layout] = Mesh.build(config, place)
             found = train(config, meshes[layout])
-            seen[name] = {part: found[part] for part in ("losses", "norms")}
+            seen[name] = {part: found[part] for part in ("losses", "norms")} | more()
         except Exception:
             seen[name] = traceback.format_exc()
         gc.collect()

@@ -1,4 +1,4 @@
-"""One GPU: the grouped product against its twin, and an MoE layer for which the host never waits."""
+"""One GPU: the grouped product against its twin, a layer for which the host never waits, backward in halves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from megatron_mup.kernels.grouped import grouped_linear, grouped_linear_reference
 from megatron_mup.layers.factory import LayerFactory
 from megatron_mup.parallel.mesh import ALONE
-from tests.gpu.gpu_runs import EXPERTS, gpu_config
-from tests.runs import relative_error
+from tests.gpu.gpu_runs import COMPLETEP, EXPERTS, gpu_config, share
+from tests.one_rank_pipeline import split_passes, stages_of, whole_passes
+from tests.runs import model_of, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -58,3 +59,25 @@ def test_the_host_never_waits(flags):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(weight.grad.norm() > 0 for weight in layer.parameters())
+
+
+@pytest.mark.parametrize("precision", ["", "--bf16"], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("scheme", "more"),
+    [(EXPERTS, ""), (COMPLETEP, "--cross-entropy-fusion-impl linear")],
+    ids=["experts", "fused loss"],
+)
+def test_halves_of_backward_equal_the_whole(meshes, scheme, more, precision):
+    mesh, config = meshes["cuda"], gpu_config("--num-layers 3", more, precision, scheme=scheme)
+    whole, batch = model_of(config).to(DEVICE), share(config, mesh, 0)
+    for router in whole.routers().values():
+        router.reset()
+    if precision:
+        for weight in whole.parameters():
+            weight.data = weight.data.bfloat16()
+    stages = stages_of(whole, config, mesh)
+    want, seen = whole_passes(whole, batch, 4), split_passes(stages, config, mesh, batch, 4)
+    assert want.keys() == seen.keys()
+    errors = {name: relative_error(seen[name].float(), value.float()) for name, value in want.items()}
+    # The embedding's gradient adds up in any order.
+    assert max(errors.values()) < (1e-2 if precision else 1e-5), errors

@@ -115,11 +115,11 @@ def test_a_bit_that_flips_on_a_replica(gpus, tmp_path):
 
 
 def signalled_run(argv: list[str]) -> Outcome:
-    """A run of which the second rank alone gets SIGTERM, before its third step."""
+    """A run of which the second rank alone gets SIGTERM, before its second step."""
     batch = Trainer.batch
 
     def terminating(self: Trainer, consumed_samples: int, size: int):
-        if os.environ["RANK"] == "1" and self.progress.iteration == 2:
+        if os.environ["RANK"] == "1" and self.progress.iteration == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, consumed_samples, size)
 
@@ -127,7 +127,7 @@ def signalled_run(argv: list[str]) -> Outcome:
         return pretrain(argv)
 
 
-def test_sigterm_on_one_rank_stops_all_after_the_step(gpus, tmp_path):
+def test_sigterm_on_one_rank_stops_all_a_step_later(gpus, tmp_path):
     for outcome in gpus.launch(2, signalled_run, words(f"--save {tmp_path}"), timeout=SECONDS):
         assert outcome.code == EXIT_STOPPED, outcome.err
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000003"]

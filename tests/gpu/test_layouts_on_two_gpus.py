@@ -47,6 +47,7 @@ PP = "--pipeline-model-parallel-size 2"
 CP = "--context-parallel-size 2"
 GATHERED = f"{CP} --cp-comm-type all_gather"
 EP = "--expert-model-parallel-size 2"
+ETP = "--expert-tensor-parallel-size 2"
 FSDP = "--data-parallel-sharding-strategy optim_grads_params"
 MUON = "--optimizer muon --muon-lr 0.02 --muon-ns-dtype fp32"
 DOCUMENTS = "--reset-attention-mask --eod-token-id 0"
@@ -68,6 +69,14 @@ GROUPS = {
         "ep2-padded": Case(EP, "--moe-expert-capacity-factor 2 --moe-pad-expert-input-to-capacity", scheme=ROUTED),
         "ep2-bf16": Case(EP, "", "--bf16", ROUTED),
         "ep2-fsdp2-compiled": Case(f"{EP} {FSDP}", "", BF16, ROUTED),
+    },
+    "parts": {
+        "etp2": Case(ETP, scheme=ROUTED),
+        "etp2-tp2": Case(f"{ETP} {TP}", scheme=ROUTED),
+        "etp2-fsdp2": Case(f"{ETP} {FSDP}", scheme=ROUTED),
+        "etp2-muon": Case(ETP, MUON, scheme=ROUTED),
+        "etp2-bf16": Case(ETP, "", "--bf16", ROUTED),
+        "etp2-fsdp2-compiled": Case(f"{ETP} {FSDP}", "", BF16, ROUTED),
     },
     "context": {
         "cp2": Case(CP),
@@ -99,6 +108,14 @@ GROUPS = {
         },
         "experts": Case(f"{PP} --pipeline-schedule Interleaved1F1B", scheme=f"{ROUTED} --num-layers 4"),
         "compiled": Case(f"{PP} --pipeline-schedule Interleaved1F1B", "", BF16, DEEPER),
+    },
+    # Backward in halves, and exchanges around other work.
+    "order": {
+        "overlap": Case(f"{EP} --moe-shared-expert-overlap", scheme=f"{ROUTED} --num-layers 4"),
+        "experts": Case(f"{PP} --pipeline-schedule ZBVZeroBubble", scheme=f"{ROUTED} --num-layers 4"),
+        "experts-bf16": Case(f"{PP} --pipeline-schedule ZBVZeroBubble", "", "--bf16", f"{ROUTED} --num-layers 4"),
+        "experts-rounds": Case(f"{PP} --pipeline-schedule InterleavedZeroBubble", scheme=f"{ROUTED} --num-layers 4"),
+        "fused-loss": Case(f"{PP} --pipeline-schedule DualPipeV --cross-entropy-fusion-impl linear", scheme=DEEPER),
     },
 }
 

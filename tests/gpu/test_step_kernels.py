@@ -7,8 +7,11 @@ import torch
 
 from megatron_mup.kernels.adamw import adamw_, device_has_adamw
 from megatron_mup.kernels.multiply import multiply_
+from megatron_mup.kernels.rms_norm import rms_norm_backward, rms_norm_backward_reference
 from megatron_mup.kernels.swiglu import HAS_KERNEL, swiglu_backward, swiglu_backward_reference
 from megatron_mup.layers.mlp import GLU_INTERLEAVE, swiglu
+from megatron_mup.layers.norm import RMSNorm
+from megatron_mup.training.signals import StopRequest
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +45,63 @@ def test_adamw_in_one_pass_is_adamw(weight, gradient, shape):
     ):
         torch.testing.assert_close(got, want.detach(), **tight)
     assert torch.equal(copy, value.bfloat16())
+
+
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+def test_a_factor_on_the_gradient_is_adamw_s_own(gradient):
+    """Both in fp32, but for the rounding of the product that the compiler leaves out."""
+    if not device_has_adamw(torch.device("cuda")):
+        pytest.skip("needs Triton")
+    generator = torch.Generator("cuda").manual_seed(0)
+    start = [torch.rand(3001, generator=generator, device="cuda") for _ in range(3)]
+    grad, scale = torch.randn(3001, generator=generator, device="cuda").to(gradient), torch.tensor(0.37, device="cuda")
+    folded, scaled = ([tensor.clone() for tensor in start] for _ in range(2))
+    adamw_(folded[0], grad, *folded[1:], None, step=1, scale=scale, **NUMBERS)
+    adamw_(scaled[0], grad.float() * scale, *scaled[1:], None, step=1, **NUMBERS)
+    for one, other in zip(folded, scaled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16), (7, 3, 300), (2000, 2048), (50, 2, 16384)])
+def test_gradient_of_a_norm_on_the_stream_equals_its_twin(dtype, shape):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, grad, skip = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(3))
+    weight = torch.randn(shape[-1], generator=generator, device="cuda").to(dtype)
+    want, want_gain = rms_norm_backward_reference(x, weight, grad, skip, 1e-5)
+    got, gain = rms_norm_backward(x, weight, grad, skip, 1e-5)
+    rounding = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    torch.testing.assert_close(got, want, **rounding)
+    torch.testing.assert_close(gain, want_gain, rtol=rounding["rtol"], atol=rounding["atol"] * 10)
+
+
+def test_a_branch_through_the_norm_has_the_plain_gradients():
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, pull = (torch.randn(64, 2, 512, generator=generator, device="cuda") for _ in range(2))
+    found = []
+    for forks in (True, False):
+        norm = RMSNorm(512, torch.nn.Parameter(torch.linspace(0.5, 2, 512, device="cuda")), 1e-5)
+        leaf = x.clone().requires_grad_()
+
+        def layer(x: torch.Tensor, norm: RMSNorm = norm, forks: bool = forks) -> torch.Tensor:
+            stream, branch = norm.fork(x) if forks else (x, norm(x))
+            return stream + branch.sin()
+
+        (torch.compile(layer) if forks else layer)(leaf).backward(pull)
+        found.append((leaf.grad, norm.weight.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wish_to_stop_is_known_a_step_later_and_waits_for_no_step_under_way():
+    gpu = torch.device("cuda")
+    with StopRequest(0.0, gpu) as stop:
+        stop.submit(torch.tensor(stop.local(), device=gpu))
+        torch.cuda._sleep(2_000_000_000)  # the next step; about a second
+        assert stop.agreed() is None
+        stop.submit(torch.zeros((), dtype=torch.int64, device=gpu))
+        assert stop.agreed() == "--exit-duration-in-mins"
+        assert not torch.cuda.current_stream().query(), "the second step should still run"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

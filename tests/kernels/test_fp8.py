@@ -93,3 +93,14 @@ def test_backward_keeps_the_input_in_one_byte():
         fp8_linear(x, weight)
     assert sorted((tuple(t.shape), t.element_size()) for t in kept) == [((16, 32), 4), ((64, 32), 1)]
     assert any(t is weight or t.data_ptr() == weight.data_ptr() for t in kept), "no copy of the weight"
+
+
+def test_a_kept_cast_changes_nothing():
+    generator = torch.Generator().manual_seed(3)
+    x, weight, grad = (
+        torch.randn(s, generator=generator).requires_grad_() for s in ((3, 16, 32), (64, 32), (3, 16, 64))
+    )
+    seen, want = (fp8_linear(x, weight, (0.2, 1.0, 0.15), E5M2, 4.0, keep) for keep in (True, False))
+    assert torch.equal(seen, want)
+    for got, expected in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (seen, want)), strict=True):
+        assert torch.equal(got, expected)

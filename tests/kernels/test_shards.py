@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +19,7 @@ from megatron_mup.kernels.shards import (
     apply_reference,
     tile_tables,
 )
+from tests.interpreter import interpreted
 
 STYLES = [Momentum(beta, ema, nesterov) for beta in (0.95, 0.3) for ema in (True, False) for nesterov in (True, False)]
 # Two tensors, in pieces that change places; tiles that are whole, short, and begin at odd elements.
@@ -89,6 +87,22 @@ def test_tiles_cover_the_pieces():
     assert sum(int(table[:, 3].sum()) for table in tables.values()) == sum(piece.length for piece in PIECES)
 
 
+def test_tiles_of_matrices():
+    """Two matrices in one buffer: each tile is listed with its own, wherever its table has it."""
+    size = 2 * TILE + 48
+    pieces = Pieces(
+        [Piece(0, 0, TILE, TILE + 48, 0), Piece(1, 0, size, 2 * TILE, 1), Piece(1, 2 * TILE, 0, TILE, 0)],
+        torch.device("cpu"),
+    )
+    pieces.tables = tile_tables(pieces.pieces, torch.device("cpu"), ())
+    found = pieces.tiles_of_matrices(size)
+    rows = torch.cat([table for _, table in pieces.tables])
+    for matrix, row in enumerate(found):
+        tiles = row[row >= 0]
+        assert set(tiles.tolist()) == set(torch.nonzero(rows[:, 2] // size == matrix)[:, 0].tolist())
+    assert (found >= 0).sum() == len(rows)
+
+
 def test_other_gradients_are_copied():
     grads = Shards(2, torch.device("cpu"))
     scattered = torch.randn(4, 6).bfloat16().t()
@@ -106,11 +120,14 @@ def compare(device: str) -> None:
         for style in STYLES:
             for keeps in (True, False):
                 results = []
-                for run in (shards_triton.advance, advance_reference):
+                for run in (partial(shards_triton.advance, squared=True), advance_reference):
                     grads, momenta = (on_tables(shards(seed, dtype, device)) for seed in (0, 1))
                     out = torch.zeros(4 * TILE + 41, dtype=types[1], device=device)
-                    run(grads, momenta if keeps else None, out, on_tables(Pieces(PIECES, out.device)), style)
+                    squares = run(grads, momenta if keeps else None, out, on_tables(Pieces(PIECES, out.device)), style)
                     results.append([*momenta.tensors, out])
+                    if squares is not None:
+                        want = out.double().square().sum()
+                        torch.testing.assert_close(squares.double().sum(), want, rtol=1e-5, atol=0)
                 check(*results)
         results = []
         for run in (shards_triton.apply, apply_reference):
@@ -144,8 +161,4 @@ def test_kernels_equal_their_twins():
 
 @pytest.mark.long
 def test_kernels_in_the_interpreter():
-    """In a process of its own: Triton reads the environment when it is imported."""
-    pytest.importorskip("triton")
-    code = "import test_shards; test_shards.compare('cpu')"
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, env=env)
+    interpreted(__file__, "import test_shards; test_shards.compare('cpu')")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -11,8 +12,10 @@ from megatron_mup.kernels.grouped import grouped_linear
 from megatron_mup.layers.dispatch import dispatch, plan_rows
 from megatron_mup.layers.moe import Experts, GroupedLinear, expert_blocks, halved_swiglu
 from megatron_mup.layers.router import Routing, within_capacity
-from megatron_mup.parallel.mesh import ONE_EXPERT_RANK, ExpertAxis
-from tests.runs import batch_of, config_of, model_of
+from megatron_mup.models.gpt import GPT, Stage
+from megatron_mup.parallel import collectives
+from megatron_mup.parallel.mesh import ONE_EXPERT_RANK, ExpertAxis, TensorAxis
+from tests.runs import VOCAB_SIZE, batch_of, config_of, model_of
 
 EXPERTS, TOPK, HIDDEN, FFN, TOKENS = 4, 2, 8, 16, 12
 
@@ -54,13 +57,26 @@ def plain(x, gates, experts, kept, first, second):
     return torch.einsum("te,teh->th", factors, out)
 
 
+def share(first: torch.Tensor, second: torch.Tensor, axis: ExpertAxis) -> list[torch.Tensor]:
+    """What a rank has of both weights: whole experts, and of each an equal part of its width."""
+    here, part = EXPERTS // axis.size, FFN // axis.tensor.size
+    experts, width = slice(axis.rank * here, (axis.rank + 1) * here), slice(axis.tensor.rank * part, None)
+    gates_and_ups = first[experts].unflatten(1, (2, FFN))[:, :, width][:, :, :part].flatten(1, 2)
+    return [gates_and_ups, second[experts][:, :, width][:, :, :part]]
+
+
 def compare(
-    rank: int, ranks: int, axis: ExpertAxis, choice: str, capacity: int | None, pad: bool, compiled: bool = False
+    rank: int,
+    ranks: int,
+    axis: ExpertAxis,
+    choice: str,
+    capacity: int | None,
+    pad: bool,
+    compiled: bool = False,
+    meanwhile=None,
 ) -> dict[str, float]:
     """Differences from the plain sum on one rank: output and gradients of tokens, gates and weights."""
-    here = EXPERTS // ranks
-    mine = [w[rank * here : (rank + 1) * here] for w in weights()]
-    module = experts_of(*mine)
+    module = experts_of(*share(*weights(), axis))
     leaves = [w.clone().requires_grad_() for w in weights()]
     found: dict[str, float] = {}
     for source in range(ranks):
@@ -74,14 +90,14 @@ def compare(
         if source == rank:
             own = [x.clone().requires_grad_(), gates.clone().requires_grad_()]
             routing = Routing(own[1], experts, None if capacity is None else kept, capacity)
-            got = dispatch(own[0], routing, module, EXPERTS, axis, pad, compiled)
+            got = dispatch(own[0], routing, module, EXPERTS, axis, pad, compiled, meanwhile)
             got.square().sum().backward()
             found["output"] = difference(got, want)
             found["tokens"] = difference(own[0].grad, theirs[0].grad)
             found["gates"] = difference(own[1].grad, theirs[1].grad)
-    for name, layer, leaf in zip(("fc1", "fc2"), (module.linear_fc1, module.linear_fc2), leaves, strict=True):
-        expected = leaf.grad[rank * here : (rank + 1) * here].flatten(0, 1)
-        found[name] = difference(layer.weight.grad, expected)
+    grads = share(*(leaf.grad for leaf in leaves), axis)
+    for name, layer, grad in zip(("fc1", "fc2"), (module.linear_fc1, module.linear_fc2), grads, strict=True):
+        found[name] = difference(layer.weight.grad, grad.flatten(0, 1))
     return found
 
 
@@ -108,22 +124,29 @@ def test_compiled_equals_the_plain_sum(capacity, pad):
     assert max(found.values()) < 1e-6, found
 
 
-def over_ranks() -> list[tuple[str, dict[str, float]]]:
-    import torch.distributed as dist
-
+def over_ranks(parts: int) -> list[tuple[str, dict[str, float]]]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    axis = ExpertAxis(dist.group.WORLD, rank, ranks)
+    group, places = dist.group.WORLD, range(ranks)
+    tensor = TensorAxis(None, 0, 1)
+    if parts > 1:
+        own, _ = dist.new_subgroups_by_enumeration([list(places[i : i + parts]) for i in places[::parts]])
+        tensor = TensorAxis(own, rank % parts, parts)
+        group, _ = dist.new_subgroups_by_enumeration([list(places[i::parts]) for i in range(parts)])
+    axis = ExpertAxis(group if ranks > parts else None, rank // parts, ranks // parts, tensor=tensor)
     return [
-        (f"{choice}, capacity {capacity}, pad {pad}", compare(rank, ranks, axis, choice, capacity, pad))
-        for choice in CHOICES
+        (
+            f"{choice}, capacity {capacity}, pad {pad}",
+            compare(rank, ranks, axis, choice, capacity, pad, meanwhile=None if index % 2 else lambda: None),
+        )
+        for index, choice in enumerate(CHOICES)
         for capacity, pad in CAPACITIES
     ]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_equals_the_plain_sum_over_ranks(pool, ranks):
-    """With four ranks each holds one expert, and some get no token."""
-    for rank, cases in enumerate(pool.run(ranks, over_ranks)):
+@pytest.mark.parametrize(("ranks", "parts"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_equals_the_plain_sum_over_ranks(pool, ranks, parts):
+    """With four expert ranks each holds one expert, and some get no token; or so many ranks share each expert."""
+    for rank, cases in enumerate(pool.run(ranks, over_ranks, parts)):
         assert len(cases) == len(CHOICES) * len(CAPACITIES)
         for name, found in cases:
             assert max(found.values()) < 1e-6, (rank, name, found)
@@ -185,3 +208,48 @@ def test_dense_and_expert_layers_take_turns():
     batch = batch_of(config)
     model(batch["tokens"], labels=batch["labels"])[0, 0].backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.fixture
+def lone_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_shared_experts_run_while_rows_travel(lone_group, monkeypatch, compiled):
+    """And their backward while gradients do; nothing else changes."""
+    torch._dynamo.reset()
+    found, events = [], []
+    for more in ("", "--moe-shared-expert-overlap"):
+        config = config_of(
+            FLAGS, "--num-layers 1 --moe-aux-loss-coeff 0.1", more, "--torch-compile" if compiled else ""
+        )
+        values = model_of(config)
+        values.routers()[0].reset()
+        model = GPT(config, VOCAB_SIZE, Stage(0, 1), expert_axis=ExpertAxis(lone_group, 0, 1)).to_empty(device="cpu")
+        model.load_state_dict(values.state_dict())
+        layer, shared = model.decoder.layers["0"], model.decoder.layers["0"].mlp.shared_experts
+        if compiled:
+            layer.compile()
+        elif more:
+            for name in ("_started", "_waited"):
+                monkeypatch.setattr(collectives, name, noted(getattr(collectives, name), name, events))
+            shared.register_forward_hook(lambda *_: events.append("forward"))
+            shared.register_full_backward_hook(lambda *_: events.append("backward"))
+        batch = batch_of(config)
+        loss = model(batch["tokens"], labels=batch["labels"])[0, 0]
+        loss.backward()
+        found.append([loss, model.routers()[0].tally, *(p.grad for p in model.parameters())])
+    assert events == ([] if compiled else ["_started", "forward", "_waited", "_started", "backward", "_waited"])
+    for seen, want in zip(*found, strict=True):
+        torch.testing.assert_close(seen, want, rtol=1e-4 * compiled, atol=1e-5 * compiled)
+
+
+def noted(function, name, events):
+    def run(*args):
+        events.append(name)
+        return function(*args)
+
+    return run

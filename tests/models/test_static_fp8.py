@@ -9,6 +9,7 @@ import torch
 
 from megatron_mup.config import ConfigError
 from megatron_mup.layers.fp8 import StaticLinear
+from megatron_mup.training import precision
 from megatron_mup.training.precision import settle_fp8
 from tests.runs import batch_of, config_of, pretrain, step_of, words
 
@@ -70,6 +71,13 @@ def test_which_matrices(lone_mesh):
     assert names(FORMATS["e4m3"]) == {f"{layer}.{part}" for layer in range(3) for part in inner | critical}
     spared = names(FORMATS["e4m3"], "--fp8-critical-bf16 --first-last-layers-bf16 --num-layers-at-end-in-bf16 0")
     assert spared == {f"{layer}.{part}" for layer in (1, 2) for part in inner}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_casts_are_kept_where_parameters_stay_whole(lone_mesh, monkeypatch, sharded):
+    monkeypatch.setattr(precision, "uses_fsdp", lambda config, mesh: sharded)
+    step = step_of(config_of(SIZES, SCHEMES["umup"], FORMATS["hybrid"]), lone_mesh)
+    assert {layer.keeps for layer in static_layers(step.model).values()} == {not sharded}
 
 
 def test_without_hardware_a_run_stops_unless_told():

@@ -56,9 +56,9 @@ def gradients_of(step, batch) -> dict[str, torch.Tensor]:
     seen = {}
     take = step.optimizer.step
 
-    def spy(factor):
-        seen.update({main.meta.name: main.grad.clone() for main in step.main.params})
-        take(factor)
+    def spy(factor, scale):
+        seen.update({main.meta.name: main.grad * (1 if scale is None else scale) for main in step.main.params})
+        take(factor, scale)
 
     step.optimizer.step = spy
     step(batch, 1.0)

@@ -46,7 +46,8 @@ def exact(x: torch.Tensor, name: str, steps: int) -> torch.Tensor:
 
 
 def gram(x: torch.Tensor, name: str, steps: int = 5) -> torch.Tensor:
-    return gram_newton_schulz(x[None], coefficient_schedule(name, steps), block_lengths(name, steps), 1e-7)[0]
+    lengths = block_lengths(name, steps, x.shape[0] == x.shape[1])
+    return gram_newton_schulz(x[None], coefficient_schedule(name, steps), lengths, 1e-7)[0]
 
 
 def compare(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
@@ -80,9 +81,10 @@ def test_any_number_of_steps(name, steps):
 def test_lengths_cover_the_steps(name):
     assert sum(BLOCKS[name]) == 5
     for steps in range(12):
-        lengths = block_lengths(name, steps)
-        assert sum(lengths) == steps
-        assert all(1 <= length <= 4 for length in lengths)
+        for square in (False, True):
+            lengths = block_lengths(name, steps, square)
+            assert sum(lengths) == steps
+            assert all(1 <= length <= 4 for length in lengths)
 
 
 @pytest.mark.parametrize("kind", SPECTRA)

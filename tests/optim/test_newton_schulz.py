@@ -125,7 +125,8 @@ def test_where_gram_space_pays():
     assert gram_pays(1, 2048, 8192)
     assert gram_pays(1, 14336, 4096)
     assert gram_pays(4, 2048, 2048)
-    assert not gram_pays(1, 2048, 2048)
+    assert gram_pays(1, 2048, 2048)
+    assert not gram_pays(1, 1024, 1024)
     assert not gram_pays(1000, 256, 256)
 
 

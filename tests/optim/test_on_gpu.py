@@ -10,7 +10,7 @@ import torch.distributed as dist
 from optim_cases import alone, meta, model_metas
 
 from megatron_mup.config import Config, OptimizerConfig
-from megatron_mup.optim.clip import clip_, global_grad_norm
+from megatron_mup.optim.clip import clip_factor, global_grad_norm
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.newton_schulz import orthonormalize
 from megatron_mup.optim.optimizer import Optimizer
@@ -55,9 +55,8 @@ def train(
             alive.append(param.grad)  # so that gradients never lie where they lay before
             param.grad = torch.randn(param.value.shape).to(param.value)
         norm = global_grad_norm(params, mesh)
-        clip_(params, norm, 1.0)
         if taken[step] == "1":
-            optimizer.step(1.0 / (1 + step))
+            optimizer.step(1.0 / (1 + step), clip_factor(norm, 1.0))
     return norm
 
 
@@ -93,8 +92,7 @@ def test_no_wait_for_the_device(meshes, name, dtype):
         param.grad = torch.ones_like(param.value)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        clip_(params, global_grad_norm(params, mesh), 1.0)
-        optimizer.step(1.0)
+        optimizer.step(1.0, clip_factor(global_grad_norm(params, mesh), 1.0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -9,7 +9,7 @@ from optim_cases import alone, meta, model_metas, numbers
 
 from megatron_mup.config import Config, OptimizerConfig
 from megatron_mup.optim.build import shared_settings
-from megatron_mup.optim.clip import clip_, global_grad_norm
+from megatron_mup.optim.clip import clip_factor, global_grad_norm, scale_grads
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.optimizer import RULES, Optimizer, peak_learning_rates, route
 from megatron_mup.parametrization.meta import Role
@@ -127,11 +127,9 @@ def test_norm_and_clip_equal_torch(lone_mesh):
     norm = global_grad_norm(params, lone_mesh)
     assert norm.shape == ()
     assert norm.dtype is torch.float32
-    clip_(params, norm, 0.0)
-    assert all(torch.equal(p.grad, param.grad) for p, param in zip(plain, params, strict=True))
-    clip_(params, norm, 1e6)
-    assert all(torch.equal(p.grad, param.grad) for p, param in zip(plain, params, strict=True))
-    clip_(params, norm, 1.0)
+    assert clip_factor(norm, 0.0) is None
+    assert clip_factor(norm, 1e6) == 1
+    scale_grads(params, clip_factor(norm, 1.0))
     want = torch.nn.utils.clip_grad_norm_(plain, 1.0)
     torch.testing.assert_close(norm, want, rtol=1e-6, atol=0)
     for p, param in zip(plain, params, strict=True):
@@ -158,3 +156,19 @@ def test_norm_names_a_missing_gradient(lone_mesh):
     param = alone(meta("layers.1.fc2", Role.MLP_OUT, (4, 4)), torch.zeros(4, 4))
     with pytest.raises(RuntimeError, match=r"layers\.1\.fc2"):
         global_grad_norm([param], lone_mesh)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scalar"), [("adam", "adam"), ("muon", "adam"), ("muon", "lion"), ("scion", "adam")]
+)
+def test_a_factor_on_gradients_is_that_of_the_step(lone_mesh, optimizer, scalar):
+    config, scale = Config(optimizer=OptimizerConfig(optimizer=optimizer, scalar_optimizer=scalar)), torch.tensor(0.37)
+    (params, one), (scaled, other) = (build(config, lone_mesh) for _ in range(2))
+    for step in range(2):
+        give_gradients(params, step)
+        give_gradients(scaled, step)
+        for param in scaled:
+            param.grad *= scale
+        one.step(1.0, scale)
+        other.step(1.0)
+    assert all(torch.equal(a.value, b.value) for a, b in zip(params, scaled, strict=True))

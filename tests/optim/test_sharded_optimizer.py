@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from optim_cases import alone, model_metas, shard_of
 
 from megatron_mup.config import Config, OptimizerConfig, ParallelConfig
-from megatron_mup.optim.clip import clip_, global_grad_norm
+from megatron_mup.optim.clip import clip_factor, global_grad_norm
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.parallel.mesh import AXES, Mesh
@@ -77,8 +77,7 @@ def train(params: list[MainParam], config: Config, mesh: Mesh) -> tuple[list[flo
         for param in params:
             param.grad = param.layout.shard(value_of(param.meta, str(step))).clone()
         norm = global_grad_norm(params, mesh)
-        clip_(params, norm, config.optimizer.clip_grad)
-        optimizer.step(1 / (step + 1))
+        optimizer.step(1 / (step + 1), clip_factor(norm, config.optimizer.clip_grad))
         norms.append(norm.item())
     return norms, optimizer
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mup.config import Config, ParallelConfig
+from megatron_mup.config import Config, MoEConfig, ParallelConfig
+from megatron_mup.layers.moe import expert_blocks
 from megatron_mup.parallel.layout import Layout, chunk
 from megatron_mup.parallel.mesh import AXES, Mesh, TensorAxis, rank_grid
 from megatron_mup.parametrization.meta import ParamMeta, Role
@@ -75,6 +77,54 @@ def test_shards_cover_a_tensor_once_and_gather(pool, grid):
             mine = [s for r, tp, s in ranks if r == replica and (tp_dim is not None or tp == 0)]
             elements = sorted(itertools.chain(*(seen[number][0] for seen in mine)))
             assert elements == list(range(torch.Size(shape).numel())), (shape, tp_dim)
+
+
+EXPERT_GRIDS = {
+    "etp2-fsdp2": {"expert_tensor_parallel_size": 2, "data_parallel_sharding_strategy": "optim_grads_params"},
+    "etp2-ep2": {"expert_tensor_parallel_size": 2, "expert_model_parallel_size": 2},
+    "etp4": {"expert_tensor_parallel_size": 4},
+    "etp2-dp2": {"expert_tensor_parallel_size": 2, "tensor_model_parallel_size": 2},
+}
+EXPERT_KINDS = {
+    "gated": ((4 * 24, 3), 0, expert_blocks(24, "gate", "up")),
+    # Two data shards of 14 rows: the first ends inside a run.
+    "odd": ((2 * 28, 2), 0, expert_blocks(28, "matrix")),
+    "out": ((4 * 3, 12), 1, expert_blocks(3, "matrix")),
+}
+
+
+def expert_shards(grid: str):
+    """Per tensor: this rank's elements, and whether gathering, rectangles and parts say the same of them."""
+    parallel = ParallelConfig(**EXPERT_GRIDS[grid], sequence_parallel=True)
+    mesh = Mesh.build(Config(parallel=parallel, moe=MoEConfig(num_experts=4)), torch.device("cpu"))
+    seen = []
+    for shape, dim, blocks in EXPERT_KINDS.values():
+        experts = shape[0] // blocks[0].period
+        meta = replace(meta_of(shape, dim), role=Role.EXPERT_IN, experts=experts, blocks=blocks)
+        layout = Layout.of(meta, mesh)
+        whole = torch.arange(torch.Size(shape).numel()).view(shape)
+        local = layout.shard(whole)
+        assert local.shape == layout.local_shape
+        again = torch.full_like(local, -1)
+        for (offsets, view), (_, own) in zip(layout.rectangles(again), layout.rectangles(local), strict=True):
+            view.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offsets, view.shape, strict=True))])
+            assert torch.equal(view, own)
+        assert torch.equal(again, local)
+        for start in range(len(local) + 1):
+            part = layout.part(start, len(local) - start)
+            assert torch.equal(part.shard(whole), local[start:])
+        seen.append((local.flatten().tolist(), torch.equal(layout.gather(local), whole)))
+    return mesh.rank("edp_replicate"), seen
+
+
+@pytest.mark.parametrize("grid", EXPERT_GRIDS)
+def test_parts_of_experts_cover_them_once_and_gather(pool, grid):
+    ranks = pool.run(4, expert_shards, grid)
+    for number, (kind, (shape, _, _)) in enumerate(EXPERT_KINDS.items()):
+        assert all(seen[number][1] for _, seen in ranks), kind
+        for replica in {replica for replica, _ in ranks}:
+            elements = sorted(itertools.chain(*(seen[number][0] for r, seen in ranks if r == replica)))
+            assert elements == list(range(torch.Size(shape).numel())), kind
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 2, 2), (2, 2, 2, 2), (3, 2, 1, 4)])

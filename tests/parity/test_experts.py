@@ -35,6 +35,7 @@ BALANCING = {
     ),
 }
 EP2 = "--expert-model-parallel-size 2"
+ETP2 = "--expert-tensor-parallel-size 2"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 LAYOUTS = {
     "dp2": Case(2, ""),
@@ -47,12 +48,25 @@ LAYOUTS = {
     "ep2-tp2-dp2": Case(4, f"{EP2} {TP2}"),
     "ep4-tp2-fsdp2": Case(4, f"--expert-model-parallel-size 4 {TP2} {FSDP}"),
     "ep2-pp2": Case(4, f"{EP2} --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"),
+    "etp2": Case(2, ETP2),
+    "etp2-tp2": Case(2, f"{ETP2} {TP2}"),
+    "etp2-fsdp2": Case(4, f"{ETP2} {FSDP}"),
+    "etp2-ep2": Case(4, f"{ETP2} {EP2}"),
+    "etp2-tp2-hsdp2": Case(8, f"{ETP2} {TP2} {FSDP} --num-distributed-optimizer-instances 2"),
+    "etp4-tp2-cp2": Case(4, f"--expert-tensor-parallel-size 4 {TP2} --context-parallel-size 2"),
+    "etp2-ep2-pp2-dp2": Case(8, f"{ETP2} {EP2} --pipeline-model-parallel-size 2"),
     "ep2-tp2-pp2-fsdp2": Case(8, f"{EP2} {TP2} --pipeline-model-parallel-size 2 {FSDP}"),
 }
-OPTIMIZERS = {**cases.OPTIMIZERS, "muon with routers": "--optimizer muon --muon-moe-router --no-muon-split-fc1"}
+OPTIMIZERS = {
+    **cases.OPTIMIZERS,
+    # The state of experts is not carried over.
+    "switch": "--optimizer muon --optimizer-switch-at 4",
+    "muon with routers": "--optimizer muon --muon-moe-router --no-muon-split-fc1",
+}
 DAILY = {
     ("ep2-fsdp2", "global", "muon"),
-    ("ep2-pp2", "sequence", "adam"),
+    ("ep2", "sequence", "adam"),
+    ("etp2", "global", "muon"),
 }
 MATRIX = [
     pytest.param(layout, kind, optimizer, marks=() if (layout, kind, optimizer) in DAILY else pytest.mark.long)
@@ -60,7 +74,7 @@ MATRIX = [
     for kind in BALANCING
     for optimizer in OPTIMIZERS
     # Room for tokens is counted on each rank, and tensor ranks hold parts of sequences: not the same tokens drop.
-    if not (kind == "capacity" and "tp2" in layout)
+    if not (kind == "capacity" and TP2 in LAYOUTS[layout].flags)
     # Each optimizer with one kind, AdamW and Muon with all.
     if kind == "global" or optimizer in cases.IN_EVERY_SCHEME
     # Scion's norms follow width by themselves.
@@ -96,6 +110,7 @@ def assert_routed_alike(seen, expected, optimizer):
     assert_parity(seen, expected, "adam" if optimizer == "adam" else "muon")
 
 
+@pytest.mark.long
 def test_the_reference_routes_and_learns(reference):
     """Every expert is chosen, not evenly; tokens drop where there is no room; the losses differ and fall."""
     runs = {kind: reference(kind, "adam") for kind in BALANCING}
@@ -109,3 +124,20 @@ def test_the_reference_routes_and_learns(reference):
         assert run["losses"][-1] < run["losses"][0] - 0.5, kind
         assert any("router" in name and grad.norm() > 0 for name, grad in run["grads"].items()), kind
     assert len({run["losses"][-1].item() for run in runs.values()}) == len(runs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [("ep2", ""), ("ep2-tp2", "--recompute-granularity full"), ("ep2-fsdp2", "--recompute-granularity selective")],
+)
+def test_shared_experts_during_the_exchange_change_nothing(pool, layout, more):
+    """Bitwise, over all steps."""
+    runs = []
+    for overlap in ("", "--moe-shared-expert-overlap"):
+        config = cases.with_layout(cases.config_of(EXPERTS, more, overlap), LAYOUTS[layout])
+        runs.append(pool.run(LAYOUTS[layout].ranks, cases.observe, config, 3)[0])
+    plain, overlapped = runs
+    assert torch.equal(overlapped["losses"], plain["losses"])
+    assert torch.equal(overlapped["routing"], plain["routing"])
+    assert all(torch.equal(grad, plain["grads"][name]) for name, grad in overlapped["grads"].items())

@@ -69,6 +69,19 @@ def test_tokens_go_to_their_experts_and_back():
     assert found["data, replicas"].sent == 2 * dense * 3 / 4 * FP32
 
 
+def test_tokens_go_to_all_ranks_that_share_an_expert():
+    sizes = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 2 --global-batch-size 8"
+    found, rows = axes(4, EXPERTS, sizes), LAYERS * 4 * BATCH * SEQ * 3 * HIDDEN * FP32
+    assert (found["experts"].sent, found["expert tensor"].sent) == (rows / 2, rows)
+    # As many rows come to a rank as go to two, each to half an expert: no more is kept of what is inside.
+    kept = [
+        layer_bytes(config, Cut.of(config, 4), "all", experts=True)
+        for config in (config_of(EXPERTS, sizes), config_of(EXPERTS, "--expert-model-parallel-size 2"))
+    ]
+    gathered = BATCH * SEQ * 3
+    assert kept[0] - kept[1] == gathered * (HIDDEN * FP32 + 2 * 8)
+
+
 def test_experts_divide_among_their_ranks():
     """Weights and momentum of experts are a quarter each; only a token's own experts take time."""
     found = {}

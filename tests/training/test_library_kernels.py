@@ -42,13 +42,3 @@ def test_fused_adam_keeps_its_moments_in_fp32():
 def test_unused_where_nothing_is_trained_by_adamw():
     parsed = parse_config(words("--adam-impl apex --optimizer muon --scalar-optimizer lion"))
     assert any("--adam-impl" in warning for warning in validate(parsed.config, 1, parsed.explicit))
-
-
-def test_experts_in_halves_of_backward_are_refused_on_gpus(monkeypatch):
-    flags = "--pipeline-model-parallel-size 2 --num-experts 4 --moe-ffn-hidden-size 32 --pipeline-schedule"
-    halves, whole = (parse_config(words(f"{flags} {name}")).config for name in ("ZBVZeroBubble", "Interleaved1F1B"))
-    precision.check_schedule(halves)  # on CPUs
-    monkeypatch.setattr(precision, "_on_gpu", lambda _: True)
-    precision.check_schedule(whole)
-    with pytest.raises(ConfigError, match=r"(?s)--pipeline-schedule ZBVZeroBubble, --num-experts 4.*Interleaved1F1B"):
-        precision.check_schedule(halves)

@@ -23,6 +23,8 @@ LAYOUTS = {
     "ep2-tp2": (2, f"{EP2} --tensor-model-parallel-size 2 --sequence-parallel"),
     "ep2-fsdp2": (4, f"{EP2} {FSDP}"),
     "ep2-dp2": (4, EP2),
+    "etp2-fsdp2": (4, f"--expert-tensor-parallel-size 2 {FSDP}"),
+    "etp2-tp2": (2, "--expert-tensor-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
     "dp3-of-three-experts": (3, f"{FSDP} --global-batch-size 6 --num-experts 3"),
 }
 TRAIN = "train/lm loss"
@@ -55,6 +57,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         pytest.param("ep2-tp2", "adam", marks=pytest.mark.long),
         pytest.param("ep2-dp2", "spectral_sphere", marks=pytest.mark.long),
         pytest.param("dp3-of-three-experts", "muon", marks=pytest.mark.long),
+        pytest.param("etp2-fsdp2", "normuon", marks=pytest.mark.long),
     ],
 )
 def test_resumes_bitwise_in_the_same_layout(pool, tmp_path, layout, optimizer):
@@ -79,6 +82,9 @@ def test_resumes_bitwise_in_the_same_layout(pool, tmp_path, layout, optimizer):
         pytest.param("ep2-dp2", "ep2-fsdp2", "spectral_sphere", marks=pytest.mark.long),
         pytest.param("ep2-tp2", "ep2-dp2", "adam", marks=pytest.mark.long),
         pytest.param("ep2-dp2", "one", "normuon", marks=pytest.mark.long),
+        pytest.param("etp2-fsdp2", "one", "normuon", marks=pytest.mark.long),
+        pytest.param("one", "etp2-tp2", "muon", marks=pytest.mark.long),
+        pytest.param("etp2-tp2", "ep2-fsdp2", "normuon", marks=pytest.mark.long),
     ],
 )
 def test_resumes_in_another_layout(pool, tmp_path, before, after, optimizer):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_mup.layers.loss import IGNORE
-from megatron_mup.optim.clip import clip_
+from megatron_mup.optim.clip import clip_factor, scale_grads
 from megatron_mup.optim.main_params import local_part
 from tests.runs import batch_of, config_of, relative_error, step_of, values
 
@@ -115,10 +118,19 @@ def test_gradients_for_fp32_copies(lone_mesh, micro_batches):
         assert main.grad.dtype == (torch.bfloat16 if micro_batches == 1 else torch.float32)
         torch.testing.assert_close(main.grad.float(), torch.stack(grads).float().sum(0), rtol=1e-6, atol=1e-7)
     before = [main.grad.float().clone() for main in step.main.params]
-    clip_(step.main.params, torch.tensor(10.0), 1.0)
+    scale_grads(step.main.params, clip_factor(torch.tensor(10.0), 1.0))
     for main, grad in zip(step.main.params, before, strict=True):
         assert main.grad.dtype == torch.float32
         torch.testing.assert_close(main.grad, grad / (10 + 1e-6), rtol=1e-6, atol=0)
+
+
+def test_a_step_that_is_over_leaves_no_copies(lone_mesh):
+    step = step_of(config_of("--bf16"), lone_mesh)
+    step(batch_of(step.config), 1.0)
+    copy = weakref.ref(step.main.params[0].value)
+    del step
+    gc.collect()
+    assert copy() is None
 
 
 def test_pure_bf16_has_no_copies(lone_mesh):

@@ -16,7 +16,7 @@ from megatron_mup.checkpoint.dcp import METADATA_FILE, read
 from megatron_mup.checkpoint.files import POINTER, folder_name
 from megatron_mup.checkpoint.state import Piece
 from megatron_mup.config import ConfigError
-from megatron_mup.parametrization.meta import ParamMeta, Role
+from megatron_mup.parametrization.meta import ParamMeta
 
 LEGACY_FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(?:_(\d\d\d))?")
@@ -152,7 +152,7 @@ class LegacyWeights:
         """See `MegatronWeights`."""
         if meta.experts is not None:
             sharded = getattr(self.arguments, "expert_tensor_parallel_size", None) != 1
-            dim = (1 if meta.role is Role.EXPERT_OUT else 0) if sharded else None
+            dim = meta.tp_dim if sharded else None
             return torch.cat([self._joined([name], dim, is_gated(meta), meta) for name in experts_of(meta)])
         return self._joined(names_of(meta), meta.tp_dim, is_gated(meta), meta)
 
