@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mup.kernels.fp8 import E4M3, E5M2, device_has_fp8, fp8_product, fp8_product_reference, saturated
+from megatron_mup.kernels.fp8 import (
+    E4M3,
+    E5M2,
+    device_has_fp8,
+    fp8_linear,
+    fp8_product,
+    fp8_product_reference,
+    saturated,
+)
 from megatron_mup.parallel.mesh import Mesh
 from tests.gpu.gpu_runs import BF16, COMPLETEP, MUNIT, UMUP, gpu_config, train
 from tests.runs import relative_error, step_of
@@ -35,6 +43,25 @@ def test_product_equals_its_twin(dtype, result):
     assert relative_error(seen, want) < (2**-8 if result is torch.bfloat16 else 2**-11)
     # With fewer bits in its sums it is near enough for a forward pass.
     assert relative_error(fp8_product(a, b, 0.125, result, fast=True), want) < 1e-2
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("gradient", [E4M3, E5M2])
+def test_layer_equals_the_emulation_of_cpus(gradient, keep):
+    """Result and both gradients, on sides that no tile of the transposing kernel fits; a loss hardly sees one wrong."""
+    if not device_has_fp8(DEVICE):
+        pytest.skip(NO_FP8)
+    values = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((80, 208), (144, 208), (80, 144))
+    ]
+    seen = []
+    for device in (torch.device("cpu"), DEVICE):
+        x, weight, grad = (value.to(device, torch.bfloat16) for value in values)
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        y = fp8_linear(x, weight, (0.2, 1.0, 0.15), gradient, 4.0, keep)
+        seen.append((y, *torch.autograd.grad(y, (x, weight), grad)))
+    for want, got in zip(*seen, strict=True):
+        assert relative_error(got.cpu(), want) < 1e-2
 
 
 @pytest.mark.parametrize("scheme", [UMUP, MUNIT], ids=["umup", "munit"])
