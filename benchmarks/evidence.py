@@ -10,7 +10,8 @@ network. `run` trains what `evidence_plan.py` lists, most telling first: --worke
 time, keeps each finished run at once, and goes on where it stopped; on another machine, with --resume-from and the
 results of former runs. `report` fits, draws and tabulates what is there.
 
---toy runs all of it in a minute on a CPU, for tests. --parts takes some parts, by the beginning of their names.
+--toy runs all of it in a minute on a CPU, for tests. --parts takes some parts, by the beginning of their names, --sizes
+some sizes.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ PACKAGES = ("torch", "transformers", "sympy", "scipy", "jax")
 """Installed packages whose sources join those of the standard library, where they are."""
 COLUMNS = (
     *("part", "trial", "hidden_size", "num_layers", "lr", "muon_lr", "seed"),
-    *("status", "loss", "train_loss", "seconds", "tokens_per_s", "error"),
+    *("status", "loss", "train_loss", "seconds", "tokens_per_s", "error", "alone"),
 )
+"""The last one says ``yes`` where a run had its GPU to itself, so that its times count."""
 MOCK = ["--mock-data", "--vocab-size=4096"]
 THINNED = 10
 """Steps that a point of a kept curve is the mean of."""
@@ -116,6 +118,12 @@ def run(arguments: argparse.Namespace) -> int:
     for part in parts:
         recipe_file(arguments.output, part).parent.mkdir(exist_ok=True)
         recipe_file(arguments.output, part).write_text(to_yaml(part.recipe), encoding="utf-8")
+    # How long former runs took says little: they may have shared a GPU with other ones.
+    lasted = {
+        (str(arguments.work / name), record["hidden_size"], record["num_layers"]): record["seconds"]
+        for name, results in kept.items()
+        for record in results.read().values()
+    }
     for former in arguments.resume_from:
         adopt(former, arguments.output, about["data"], parts, kept)
 
@@ -139,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             for part in parts
             for urgency, trial in part.todo(results)
+            if not arguments.sizes or f"{trial.hidden_size}x{trial.num_layers}" in arguments.sizes
         ]
         # Long ones first, so that the end is not left waiting for one.
         return sorted(jobs, key=lambda job: -job.seconds)
@@ -146,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
     def finished(job: Job, record: dict[str, Any]) -> None:
         name = Path(job.folder).name
         kept[name].append("workers", record)
-        write_row(arguments.output / "trials.csv", {"part": name, **record})
+        write_row(arguments.output / "trials.csv", {"part": name, **record, "alone": "yes" if job.alone else ""})
         if not name.startswith(("completep", "standard")):
             thin(
                 Path(job.folder, "curves", f"{job.trial.key}.jsonl"), arguments.output / f"{name}--{job.trial.key}.csv"
@@ -154,10 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{time.monotonic() - deadline + 60 * arguments.minutes:6.1f} s {told(job, record)}", flush=True)
 
     with Workers(places) as workers:
-        for name, results in kept.items():
-            for record in results.read().values():
-                shape = str(arguments.work / name), record["hidden_size"], record["num_layers"]
-                workers.lasted[shape] = record["seconds"]
+        workers.lasted |= lasted
         return int(workers.run(wanted, finished, deadline))
 
 
@@ -276,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="around each optimum")
     parser.add_argument("--steps-factor", type=float, default=1.0, help="of the length of every run")
     parser.add_argument("--parts", nargs="+", default=[""], help="beginnings of names of parts")
+    parser.add_argument("--sizes", nargs="+", default=[], help="only these, e.g. 256x4 for width 256 with 4 layers")
     parser.add_argument(
         "--resume-from", type=Path, nargs="+", default=[], help="results of former runs, which are not run again"
     )

@@ -10,16 +10,19 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from megatron_mup.config import Config, ConfigError, parse_config, validate
-from megatron_mup.transfer.optimum import find_optimum
+from megatron_mup.transfer.optimum import find_optima
 from megatron_mup.transfer.proxy import parameters
 from megatron_mup.transfer.sizes import pin_base
 from megatron_mup.transfer.sweep import GridAxis, SweepPlan, curves_of, wanted
 from megatron_mup.transfer.trials import Trial, configured
 
 SQRT2 = math.sqrt(2)
+PROXY_PARAMETERS = 20e6
+"""Of the largest model that the big one's rate may come from."""
 COMPILE_SECONDS, FLOPS = 30.0, 400e12
 """What the guess at a trial's length counts with; the first trial of a size replaces it."""
 Size = tuple[int, int]
@@ -52,8 +55,8 @@ FP8 = {
     "te-blockwise": (f"{TE} --fp8-format e4m3 --fp8-recipe blockwise", 5.6e-3),
 }
 """Flags and learning rate of the FP8 runs."""
-SEVERAL = ("umup-bf16", "umup-static")
-"""Those with several seeds, for what eight bits cost is less than what one seed tells."""
+ONE_SEED = "umup-static-critical"
+"""The only one of them with one seed. What eight bits cost is less than what one seed tells."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ class Part:
         plan: sizes, grid, seeds.
         urgency: of the grid; further seeds come 20 later, the neighbours of a proxy's rate 10. The least is done first.
         alone: whether its times count, so that it has a GPU to itself.
-        proxy: part whose best rate at the base size is the middle of this one's grid.
+        proxy: part whose models of at most ``PROXY_PARAMETERS`` say where the middle of this one's grid is.
+        repeats: seeds at the best point alone, and with a proxy at its rate.
     """
 
     name: str
@@ -157,6 +161,7 @@ class Part:
     urgency: int
     alone: bool = False
     proxy: Part | None = None
+    repeats: int = 1
 
     def todo(self, results: Mapping[str, Done]) -> list[tuple[int, Trial]]:
         """Trials that are left, with their urgency; none while the proxy's result is open.
@@ -164,16 +169,31 @@ class Part:
         Args:
             results: losses by trial, by part.
         """
-        plan, done = self.plan, results[self.name]
+        done = results[self.name]
         if self.proxy is not None:
-            best = self.proxy.best_at_base(results[self.proxy.name])
-            if best is None:
-                return []
-            # The farther ones tell more about whether there is a better rate than the nearer ones.
-            away = sorted(range(plan.axis.low, plan.axis.high + 1), key=lambda k: -abs(k) if k else -math.inf)
-            trials = [plan.trial(plan.sizes[0], best + k, (), 0) for k in away]
-            return [(self.urgency + 10 * (n > 0), t) for n, t in enumerate(trials) if t.key not in done]
-        return [(self._urgency(trial), trial) for trial in wanted(plan, done)]
+            middle = self.proxy.best_of_proxies(results[self.proxy.name])
+            return [] if middle is None else self._around(middle, done)
+        trials = wanted(self.plan, done) or self._again(self.plan.reach(), done)
+        return [(self._urgency(trial), trial) for trial in trials]
+
+    def _around(self, middle: int, done: Done) -> list[tuple[int, Trial]]:
+        """The target's trials: the proxy's rate, its neighbours, then seeds at the proxy's rate and at the best one."""
+        (size,), grid = self.plan.sizes, range(middle + self.plan.axis.low, middle + self.plan.axis.high + 1)
+        # The farther ones tell more about whether there is a better rate than the nearer ones.
+        away = sorted(grid, key=lambda k: -abs(k - middle) if k != middle else -math.inf)
+        first = [self.plan.trial(size, k, (), 0) for k in away]
+        missing = [(self.urgency + 10 * (n > 0), trial) for n, trial in enumerate(first) if trial.key not in done]
+        seeds = self._again(range(middle, middle + 1), done) + ([] if missing else self._again(grid, done))
+        return missing + [(self.urgency + 20, trial) for trial in dict.fromkeys(seeds)]
+
+    def _again(self, grid: range, done: Done) -> list[Trial]:
+        """Further seeds at the point of a single curve that was best with the first one."""
+        if self.repeats == 1:
+            return []
+        (size,) = self.plan.sizes
+        best = min(grid, key=lambda k: done.get(self.plan.trial(size, k, (), 0).key, math.inf))
+        trials = [self.plan.trial(size, best, (), seed) for seed in range(1, self.repeats)]
+        return [trial for trial in trials if trial.key not in done]
 
     def _urgency(self, trial: Trial) -> int:
         """The grid at the base size comes first, since others wait for it.
@@ -199,13 +219,31 @@ class Part:
         tokens = training.train_iters * training.micro_batch_size * training.seq_length
         return COMPILE_SECONDS + 6 * parameters(model, model.vocab_size) * tokens * workers / FLOPS
 
-    def best_at_base(self, done: Done) -> int | None:
-        """Grid point nearest to the fitted optimum at the base size; None while its first seed's grid is incomplete."""
-        own = replace(self.plan, sizes=(self.base_size,))
-        if wanted(replace(own, seeds=1), done):
+    @cached_property
+    def proxies(self) -> tuple[Size, ...]:
+        """Sizes of at most ``PROXY_PARAMETERS``, the smallest first."""
+
+        def count(size: Size) -> int:
+            model = configured(self.recipe, self.plan.trial(size, 0, (), 0)).model
+            assert model.vocab_size is not None
+            return parameters(model, model.vocab_size)
+
+        return tuple(sorted((size for size in self.plan.sizes if count(size) <= PROXY_PARAMETERS), key=count))
+
+    def best_of_proxies(self, done: Done) -> int | None:
+        """Grid point nearest to the optimum of the largest proxy, by a fit to the runs of all proxies and nothing else.
+
+        None while a run of a proxy is missing, of whatever seed, and where the optimum is at the edge of the grid.
+        """
+        own = replace(self.plan, sizes=self.proxies)
+        if wanted(own, done):
             return None
-        (points,) = curves_of(own, done).values()
-        return own.axis.nearest(find_optimum({own.axis.place(k): losses for k, losses in points.items()}).place)
+        curves = {size: points for (size, _), points in curves_of(own, done).items()}
+        optima = find_optima(
+            {size: {own.axis.place(k): losses for k, losses in points.items()} for size, points in curves.items()}
+        )
+        best = optima[self.proxies[-1]]
+        return None if best.problem else own.axis.nearest(best.place)
 
 
 def recipe_of(scale: Scale, data: list[str], flags: str, steps: int, batch: int) -> Config:
@@ -228,7 +266,8 @@ def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part],
     Args:
         scale: sizes.
         data: flags that say where the data is, ``--vocab-size`` among them.
-        seeds: around each optimum of CompleteP's sweeps, and of the FP8 runs in ``SEVERAL``.
+        seeds: around each optimum of CompleteP's sweeps, around the proxy's rate, of each optimizer's best rate, and of
+            the FP8 runs but ``ONE_SEED``.
     """
     base = scale.base[:2]
     widths = [(width, base[1]) for width in scale.widths]
@@ -259,17 +298,17 @@ def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part],
     proxies = {part.name.removeprefix("completep-"): part for part in parts}
     for optimizer, urgency in (("adam", 9), ("muon", 25)):
         axis, flags = RATES[optimizer]
-        run = Run(scale.steps, scale.batch, -2, 2)
-        add(f"target-{optimizer}", f"{COMPLETEP} {flags}", axis, [scale.target], urgency, run, proxy=proxies[optimizer])
+        run, more = Run(scale.steps, scale.batch, -2, 2), {"proxy": proxies[optimizer], "repeats": seeds}
+        add(f"target-{optimizer}", f"{COMPLETEP} {flags}", axis, [scale.target], urgency, run, **more)
     for optimizer, urgency in (("adam", 14), ("muon", 50)):
         axis, flags = RATES[optimizer]
         # Its optimum is expected to fall with the width.
         run = replace(grid, low=scale.low - 3, high=scale.high - 1, seeds=1, extend=1)
         add(f"standard-{optimizer}", f"{STANDARD} {flags}", axis, widths, urgency, run)
     for name, (flags, rate) in FP8.items():
-        run = Run(scale.fp8_steps, scale.fp8_batch, 0, 0, seeds=seeds if name in SEVERAL else 1)
-        add(f"fp8-{name}", f"{flags} --lr {rate}", "lr", [scale.big], 8, run)
+        run = Run(scale.fp8_steps, scale.fp8_batch, 0, 0, seeds=1 if name == ONE_SEED else seeds)
+        add(f"fp8-{name}", f"{flags} --lr {rate}", "lr", [scale.big], 30, run)
     three = Run(scale.optimizer_steps, scale.big_batch, -1, 1, spacing=2.0)
     for optimizer, (axis, flags) in RATES.items():
-        add(f"optimizer-{optimizer}", f"{COMPLETEP} {flags}", axis, [scale.big], 0, three, alone=True)
+        add(f"optimizer-{optimizer}", f"{COMPLETEP} {flags}", axis, [scale.big], 0, three, alone=True, repeats=seeds)
     return parts, problems

@@ -6,7 +6,8 @@ import csv
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from megatron_mup.transfer.plots import u_curves
 from megatron_mup.transfer.sweep import curves_of, findings, format_findings
 
 Row = Mapping[str, str]
+REACH = 8
+"""Points beside the proxy's rate among which the target's runs are looked for."""
 
 
 def report(folder: Path, parts: Sequence[Part]) -> int:
@@ -32,10 +35,10 @@ def report(folder: Path, parts: Sequence[Part]) -> int:
     sections = [f"# Evidence\n\n{described(about)}"]
     sections += [transfer(part, results[part.name], folder) for part in parts if _grows(part)]
     sections += [target(part, results) for part in parts if part.proxy is not None]
-    sections.append(
-        optimizers(folder, results, [part for name, part in by_name.items() if name.startswith("optimizer")])
-    )
-    sections.append(fp8(results))
+    alone = {(row["part"], row["trial"]) for row in rows if row.get("alone") == "yes"}
+    compared = [part for name, part in by_name.items() if name.startswith("optimizer")]
+    sections.append(optimizers(folder, results, compared, alone))
+    sections.append(fp8(rows))
     text = "\n\n".join(section for section in sections if section)
     (folder / "evidence.md").write_text(text + "\n", encoding="utf-8")
     print(text)
@@ -73,27 +76,35 @@ def transfer(part: Part, done: Done, folder: Path) -> str:
 
 
 def target(part: Part, results: Mapping[str, Done]) -> str:
-    """The big model at the proxy's rate, beside its neighbours, and what the proxies' noise makes of the difference."""
+    """The big model at the proxy's rate, beside its neighbours, and what noise makes of the differences."""
     done = results.get(part.name, {})
     assert part.proxy is not None
-    best = part.proxy.best_at_base(results.get(part.proxy.name, {}))
+    best = part.proxy.best_of_proxies(results.get(part.proxy.name, {}))
     if best is None or not done:
         return ""
     axis, (size,) = part.plan.axis, part.plan.sizes
-    lines = ["| rate | loss | |", "|---|---|---|"]
-    for k in range(best + axis.low, best + axis.high + 1):
-        loss = done.get(part.plan.trial(size, k, (), 0).key)
-        if loss is not None:
-            lines.append(f"| {axis.at(k)[0][1]:.4g} | {loss:.4f} | {'the proxy says so' if k == best else ''} |")
-    text = f"## {part.name}: width {size[0]}, {size[1]} layers\n\n" + "\n".join(lines)
-    ours = done.get(part.plan.trial(size, best, (), 0).key)
+    seeds = range(part.repeats)
+
+    def losses(k: int) -> dict[int, float]:
+        known = {seed: done.get(part.plan.trial(size, k, (), seed).key) for seed in seeds}
+        return {seed: loss for seed, loss in known.items() if loss is not None}
+
+    ours = losses(best)
     noises = [o.noise for found in findings(part.proxy.plan, results[part.proxy.name]) for o in found.optima.values()]
-    if ours is not None and noises:
-        text += (
-            f"\n\nThe proxy's rate is {ours - min(done.values()):.4f} above the best; two runs that only chance tells "
-            f"apart differ by {math.sqrt(2) * noises[0]:.4f} (one deviation, from the proxies' noise)."
-        )
-    return text
+    lines = ["| rate | loss, by seed | above the proxy's rate, same seeds | |", "|---|---|---|---|"]
+    for k in (k for k in range(best - REACH, best + REACH + 1) if losses(k)):
+        both = [loss - ours[seed] for seed, loss in losses(k).items() if seed in ours]
+        apart = f"{sum(both) / len(both):+.4f}" if both else "?"
+        if k != best and both and noises:
+            apart += f" ± {math.sqrt(2 / len(both)) * noises[0]:.4f}"
+        told = ", ".join(f"{loss:.4f}" for loss in losses(k).values())
+        lines.append(f"| {axis.at(k)[0][1]:.4g} | {told} | {apart} | {'the proxy says so' if k == best else ''} |")
+    proxy = part.proxy.proxies[-1]
+    return (
+        f"## {part.name}: width {size[0]}, {size[1]} layers; rate from width {proxy[0]}, {proxy[1]} layers\n\n"
+        + "\n".join(lines)
+        + "\n\n±: one deviation of a mean of differences, from the proxies' noise."
+    )
 
 
 def curve(folder: Path, name: str, trial: str) -> list[tuple[float, float, float]]:
@@ -113,11 +124,26 @@ def smooth(points: Sequence[tuple[float, float, float]], width: int = 5) -> list
     ]
 
 
-def optimizers(folder: Path, results: Mapping[str, Done], parts: Sequence[Part]) -> str:
-    """The best run of each optimizer: final loss, and tokens and time to the loss that AdamW ends with."""
-    best = {p.name: min(results[p.name], key=lambda key: results[p.name][key]) for p in parts if results.get(p.name)}
-    curves = {name: smooth(curve(folder, name, trial)) for name, trial in best.items()}
-    curves = {name: points for name, points in curves.items() if points}
+def optimizers(folder: Path, results: Mapping[str, Done], parts: Sequence[Part], alone: Set[tuple[str, str]]) -> str:
+    """The best rate of each optimizer: final losses, and tokens and time to the loss that AdamW ends with.
+
+    Curves are the first seed's. A step's time is that of the fastest run, for rate and seed change nothing in it.
+
+    Args:
+        folder: of the results.
+        results: losses by trial, by part.
+        parts: what is compared.
+        alone: parts and trials that had their GPU to themselves; an optimizer without one is not timed.
+    """
+    first = {p.name: {t.key for _, t in replace(p, repeats=1).todo({p.name: {}})} for p in parts}
+    tried = {name: {key: results[name][key] for key in keys if key in results[name]} for name, keys in first.items()}
+    best = {name: min(losses, key=lambda key: losses[key]) for name, losses in tried.items() if losses}
+    curves = {}
+    for name, trial in best.items():
+        if points := smooth(curve(folder, name, trial)):
+            runs = [curve(folder, name, other) for other in results[name] if (name, other) in alone]
+            pace = min((run[-1][1] / run[-1][0] for run in runs if run), default=math.nan)
+            curves[name] = [(tokens, pace * tokens, loss) for tokens, _, loss in points]
     if not curves:
         return ""
     figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
@@ -125,7 +151,8 @@ def optimizers(folder: Path, results: Mapping[str, Done], parts: Sequence[Part])
     for place, (label, column) in enumerate((("tokens", 0), ("seconds of steady training", 1))):
         axes = figure.add_subplot(1, 2, place + 1)
         for name, points in curves.items():
-            axes.plot([p[column] for p in points], [p[2] for p in points], label=name.removeprefix("optimizer-"))
+            if not math.isnan(points[-1][column]):
+                axes.plot([p[column] for p in points], [p[2] for p in points], label=name.removeprefix("optimizer-"))
         axes.set_xlabel(label)
         axes.set_ylabel("training loss (nats per token)")
         low = min(points[-1][2] for points in curves.values())
@@ -135,33 +162,68 @@ def optimizers(folder: Path, results: Mapping[str, Done], parts: Sequence[Part])
     figure.savefig(folder / "optimizers.png")
     goal = curves["optimizer-adam"][-1][2] if "optimizer-adam" in curves else math.nan
     lines = [
-        "| optimizer | rates tried | best | validation loss | ms per step | tokens to AdamW's end | seconds to it |",
+        "| optimizer | rates tried | best | validation, by seed | ms per step | tokens to AdamW's end | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, points in curves.items():
-        tried = ", ".join(f"{t.split('-')[2].split('=')[1]}: {v:.4f}" for t, v in sorted(results[name].items()))
+        rates = ", ".join(
+            f"{rate_of(t):g}: {v:.4f}" for t, v in sorted(tried[name].items(), key=lambda p: rate_of(p[0]))
+        )
         reached = next(((t, s) for t, s, loss in points if loss <= goal), None)
         tokens, seconds = (f"{reached[0] / 1e6:.1f} M", f"{reached[1]:.1f}") if reached else ("not reached",) * 2
-        step = 1e3 * points[-1][1] / (len(points) * 10)
-        trial = best[name]
+        step = f"{1e3 * points[-1][1] / (len(points) * 10):.1f}"
+        if math.isnan(points[-1][1]):
+            step = seconds = "not timed alone"
+        point = best[name].rpartition("-s")[0]
+        ends = ", ".join(
+            f"{loss:.4f}" for trial, loss in sorted(results[name].items()) if trial.startswith(f"{point}-s")
+        )
         lines.append(
-            f"| {name.removeprefix('optimizer-')} | {tried} | {trial} | {results[name][trial]:.4f} | {step:.1f} | "
+            f"| {name.removeprefix('optimizer-')} | {rates} | {rate_of(best[name]):g} | {ends} | {step} | "
             f"{tokens} | {seconds} |"
         )
     return "## Optimizers\n\n" + "\n".join(lines)
 
 
-def fp8(results: Mapping[str, Done]) -> str:
-    """Final losses against bf16's of the same model and seed: mean, and its error where there are several seeds."""
-    lines = ["| run | seeds | validation loss | against bf16, same seeds |", "|---|---|---|---|"]
-    for family in ("umup", "te"):
-        plain = results.get(f"fp8-{family}-bf16", {})
-        for name, done in sorted(results.items()):
-            if name.startswith(f"fp8-{family}"):
-                ratios = np.array([100 * (loss / plain[trial] - 1) for trial, loss in done.items() if trial in plain])
-                told = f"{ratios.mean():+.2f} %" if len(ratios) else "not run"
-                if len(ratios) > 1:
-                    told += f" ± {ratios.std(ddof=1) / math.sqrt(len(ratios)):.2f} % ({len(ratios)} seeds)"
-                mean = sum(done.values()) / len(done)
-                lines.append(f"| {name.removeprefix('fp8-')} | {len(done)} | {mean:.4f} | {told} |")
-    return "## FP8\n\n" + "\n".join(lines) if len(lines) > 2 else ""
+def rate_of(trial: str) -> float:
+    """The first setting's value in a trial's name."""
+    return float(trial.split("=")[1].rsplit("-", 1)[0])
+
+
+def fp8(rows: Sequence[Row]) -> str:
+    """Final losses against bf16's of the same model and seed: mean, and its error where there are several seeds.
+
+    Of the same seed, all runs train on the same tokens and are validated on the same.
+    """
+    kinds = {"loss": "validation", "train_loss": "last tenth of training"}
+    losses = {
+        kind: {(row["part"], row["trial"]): float(row[kind] or "inf") for row in rows if row["part"].startswith("fp8-")}
+        for kind in kinds
+    }
+    names = sorted({name for name, _ in losses["loss"]})
+    lines = ["| run | seeds | " + " | ".join(f"{told} | against bf16, same seeds" for told in kinds.values()) + " |"]
+    lines.append("|---" * 6 + "|")
+    for name in names:
+        plain = f"fp8-{name.split('-')[1]}-bf16"
+        cells = [name.removeprefix("fp8-")]
+        for kind in kinds:
+            mine = {trial: loss for (part, trial), loss in losses[kind].items() if part == name}
+            cells += [str(len(mine))] if len(cells) == 1 else []
+            ratios = [
+                100 * (loss / losses[kind][plain, trial] - 1)
+                for trial, loss in mine.items()
+                if (plain, trial) in losses[kind]
+            ]
+            cells += [f"{np.mean(list(mine.values())):.4f}", told_of(ratios) if name != plain else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "## FP8\n\n" + "\n".join(lines) if names else ""
+
+
+def told_of(percents: Sequence[float]) -> str:
+    """A mean, with its error where there are several."""
+    if not percents:
+        return "not run"
+    told = f"{np.mean(percents):+.2f} %"
+    if len(percents) > 1:
+        told += f" ± {np.std(percents, ddof=1) / math.sqrt(len(percents)):.2f} %"
+    return told

@@ -84,11 +84,15 @@ def turns(models: dict[str, Timed], order: list[str], steps: int, on_gpu: bool) 
     return [before.elapsed_time(after) / 1e3 / steps for before, after in itertools.pairwise(marks)]
 
 
-def rounds(models: dict[str, Timed], count: int, steps: int, on_gpu: bool) -> dict[str, list[float]]:
-    """Seconds of a step in each round, by name: mean of its two turns."""
+def rounds(
+    models: dict[str, Timed], count: int, steps: int, on_gpu: bool, deadline: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of a step in each round, by name: mean of its two turns. No round begins after ``deadline``."""
     times: dict[str, list[float]] = {name: [] for name in models}
     draw = random.Random(0)
-    for _ in range(count):
+    for done in range(count):
+        if done and time.monotonic() > deadline:
+            break
         order = draw.sample(list(models), len(models))
         seconds = turns(models, [*order, *reversed(order)], steps, on_gpu)
         for name, first, second in zip(order, seconds, reversed(seconds), strict=False):
@@ -109,6 +113,7 @@ def rows(times: dict[str, list[float]]) -> list[dict[str, Any]]:
                 "cost_percent": round(100 * statistics.median(costs), 3),
                 "interval_95_percent": [round(100 * low, 3), round(100 * high, 3)],
                 "rounds": len(seconds),
+                "cost_percent_by_round": [round(100 * cost, 3) for cost in costs],
             }
         )
     return found
@@ -121,9 +126,11 @@ def main() -> None:
     parser.add_argument("--width-ratio", type=int, default=8)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="beside the standard, e.g. completep; default: all")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="since the start, after which no round begins")
     parser.add_argument("--steps-per-turn", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each row")
     args, rest = parser.parse_known_args()
+    deadline = time.monotonic() + args.seconds
     # Each model compiles as it would alone: its factors are constants, though an earlier one had others.
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.automatic_dynamic_shapes = False
@@ -133,11 +140,11 @@ def main() -> None:
     models = {
         name: Timed([*common, *flags.split()], device)
         for name, flags in variants(config.model.hidden_size, config.model.num_layers, args.width_ratio).items()
-        if args.only is None or name.startswith(STANDARD) or name in args.only
+        if args.only is None or name == STANDARD or name in args.only
     }
     for model in models.values():
         model.take(WARM_UP)
-    for row in rows(rounds(models, args.rounds, args.steps_per_turn, device.type == "cuda")):
+    for row in rows(rounds(models, args.rounds, args.steps_per_turn, device.type == "cuda", deadline)):
         print(json.dumps(row) if args.json else "; ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     if device.type == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")

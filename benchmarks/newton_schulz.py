@@ -8,7 +8,9 @@ themselves choose among those of their configurations that ``--tuning`` names. A
 before it is timed, so that compiling and tuning stay out; how long that took is reported as ``start``. All work on
 the same random matrices, several in turn so that the cache holds none.
 
-Times are medians, eager (host time included where it shows) and replayed from a CUDA graph. Errors are against the SVD
+Times are medians, eager (host time included where it shows) and replayed from a CUDA graph. The last column is the
+whole set of a Llama-3-8B's matrices, each of them there: ours in the batches that Muon forms, others' one by one and,
+if they take batches, in the same ones. Errors are against the SVD
 in fp64 on 512 x 1792: ``orthogonality`` is |O - U V^T|_F / sqrt(512), ``largest`` the largest singular value, on a
 Gaussian matrix and on one with singular values down to 1e-3. Coefficient sets differ: compare errors within a set.
 """
@@ -161,22 +163,56 @@ def time_matrix(function: Function, inputs: list[torch.Tensor], repeats: int) ->
     return result | {"graph_ms": round(median_ms(lambda i: graph.replay(), rounds) / len(inputs), 3)}
 
 
+@functools.cache
+def whole_set(device: str) -> list[torch.Tensor]:
+    """All matrices of a Llama-3-8B, 14 GB of them, by shape: ``[matrices, m, n]``."""
+    return [
+        torch.randn(count, m, n, device=device, dtype=torch.bfloat16).mul_(0.02) for (m, n), count in LLAMA_3_8B.items()
+    ]
+
+
 def time_set(function: Function, batched: bool, repeats: int, device: str) -> dict[str, object]:
-    """Milliseconds of all matrices of a Llama-3-8B; in batches as Muon forms them, if the function takes batches."""
-    work = []
-    for (m, n), count in LLAMA_3_8B.items():
-        batch = min(count, matrices_at_once(2 * m * n, torch.device(device))) if batched else 1
-        x = torch.randn(batch, m, n, device=device).to(torch.bfloat16)
-        work.append((x if batched else x[0], count // batch))
+    """Milliseconds of all matrices of a Llama-3-8B, one by one or in batches as Muon forms them."""
+    parts: list[torch.Tensor] = []
+    for matrices in whole_set(device):
+        limit = matrices_at_once(2 * matrices[0].numel(), matrices.device)
+        parts += matrices.split(limit) if batched else matrices.unbind()
+    alike = {tuple(part.shape): part for part in parts}
+    for part in alike.values():  # compiles and tunes
+        function(part)
+    synchronize()
 
     def run(_: int) -> None:
-        for x, times in work:
-            for _ in range(times):
-                function(x)
+        for part in parts:
+            function(part)
 
-    run(0)
-    synchronize()
-    return {"ms": round(median_ms(run, repeats), 1)}
+    result: dict[str, object] = {"ms": round(median_ms(run, repeats), 1)}
+    return result | replayed_set(run, repeats) if device == "cuda" else result
+
+
+def replayed_set(run: Callable[[int], None], repeats: int) -> dict[str, object]:
+    """The same from a CUDA graph, if it can be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run(0)
+    except RuntimeError as error:
+        return {"graph_error": str(error).splitlines()[0]}
+    return {"graph_ms": round(median_ms(lambda _: graph.replay(), repeats), 1)}
+
+
+def time_set_both_ways(function: Function, repeats: int, device: str) -> dict[str, object]:
+    """Of another's function: one by one, and in batches if it takes them; the faster counts."""
+    ways = {"one by one": time_set(function, False, repeats, device)}
+    try:
+        few = whole_set(device)[0][:2]
+        got = function(few)
+        if got.shape == few.shape and torch.allclose(got[1].float(), function(few[1]).float(), atol=0.02):
+            ways["in batches"] = time_set(function, True, repeats, device)
+    except Exception as error:  # whatever it says to three dimensions
+        print(f"takes no batches: {error!r}"[:160], flush=True)
+    best = min(ways, key=lambda way: min(ms for key, ms in ways[way].items() if key.endswith("ms")))
+    return ways[best] | {"way": best, "ways": ways}
 
 
 @functools.cache
@@ -215,7 +251,7 @@ def main() -> None:
     parser.add_argument(
         "--tuning", default=TUNING, help="NAME=NUMBER,...;... for kernels of --beside that tune themselves"
     )
-    parser.add_argument("--only", default="", help="run only functions whose name contains this")
+    parser.add_argument("--only", action="append", help="run only functions whose name contains this (or another such)")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-llama", action="store_true", help="without the whole set of a Llama-3-8B")
     parser.add_argument("--json", metavar="OUT", help="file to write")
@@ -225,7 +261,11 @@ def main() -> None:
         {name: int(number) for name, _, number in (pair.partition("=") for pair in one.split(","))}
         for one in args.tuning.split(";")
     ]
-    functions = {name: f for name, f in contestants(args.beside, tunings).items() if args.only in name}
+    functions = {
+        name: f
+        for name, f in contestants(args.beside, tunings).items()
+        if not args.only or any(part in name for part in args.only)
+    }
     found: dict[str, dict[str, float]] = {}
     for name, f in list(functions.items()):
         try:
@@ -244,7 +284,7 @@ def main() -> None:
         "errors": found,
         "times": table,
     }
-    columns = args.sizes.split(",") + ([] if args.no_llama else ["llama-3-8b"])
+    columns = [size for size in args.sizes.split(",") if size] + ([] if args.no_llama else ["llama-3-8b"])
     for column in columns:
         inputs = []
         if column[0].isdigit():
@@ -256,16 +296,18 @@ def main() -> None:
             try:
                 if inputs:
                     table[name][column] = time_matrix(function, inputs, args.repeats)
+                elif own:
+                    table[name][column] = time_set(function, True, min(2, args.repeats), device)
                 else:
-                    table[name][column] = time_set(function, own, 2, device)
+                    table[name][column] = time_set_both_ways(function, min(2, args.repeats), device)
             except Exception as error:  # another's function that doesn't take this size
                 if own:
                     raise
                 table[name][column] = {"ms": "-", "error": repr(error)[:200]}
             print(f"{column:12} {name:40} {table[name][column]}", flush=True)
-        if args.json:  # as far as it got
-            with open(args.json, "w") as file:
-                json.dump(report, file, indent=1)
+            if args.json:  # as far as it got
+                with open(args.json, "w") as file:
+                    json.dump(report, file, indent=1)
     print(f"{'ms eager / from a graph':40}" + "".join(f"{column:>18}" for column in columns))
     for name, row in table.items():
         cells = [f"{row[c]['ms']}" + (f" / {row[c]['graph_ms']}" if "graph_ms" in row[c] else "") for c in columns]

@@ -1,12 +1,13 @@
 """Ours, a plain yardstick and other trainers, one after the other on one machine, as a table.
 
     python benchmarks/side_by_side.py [--yardstick PROGRAM] [--presets dense-1b block-8b]
-        [--precisions bf16 fp32-master] [--peers torchtitan megatron-core] [--out NAME] [any flag of train_step.py]
+        [--precisions bf16 fp32-master] [--peers torchtitan megatron-core] [--limit SECONDS] [--out NAME]
+        [any flag of train_step.py]
 
 The yardstick takes ``--preset``, ``--json`` and ``--fp32-master`` and prints one JSON object with ``tokens_per_s``; it
 runs before and after the others, and ratios are to the better of the two. Flags of train_step.py are for ours. Peers
 run through ``peers.py``; one that isn't installed, or fails, is a row that says so. ``--out`` writes NAME.md, and every
-run's command and JSON, one a line, to NAME.jsonl as they come.
+run's command and JSON, one a line, to NAME.jsonl, both as runs end.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ else:
     from peers import NOT_INSTALLED, PEERS
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
-LIMIT = 300  # seconds for one program, compilation included
 
 
 class Runner:
@@ -36,17 +37,18 @@ class Runner:
 
     Args:
         raw: file that takes a line for each run, or None.
+        limit: seconds for one program, compilation included.
     """
 
-    def __init__(self, raw: Path | None) -> None:
-        self.raw = raw
+    def __init__(self, raw: Path | None, limit: float = 300) -> None:
+        self.raw, self.limit = raw, limit
 
     def __call__(self, who: str, command: list[str]) -> dict[str, Any]:
         """The program's JSON, with ``who`` and ``command``; ``error`` where there is none."""
         try:
-            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=LIMIT)
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=self.limit)
         except subprocess.TimeoutExpired:
-            found = {"error": f"no answer within {LIMIT} s"}
+            found = {"error": f"no answer within {self.limit:g} s"}
         else:
             if done.returncode == NOT_INSTALLED:
                 found = {"error": "not installed"}
@@ -64,19 +66,19 @@ class Runner:
 
 def compare(
     preset: str, precision: str, args: argparse.Namespace, rest: list[str], run: Runner
-) -> list[dict[str, Any]]:
-    """All programs on one preset in one precision of the optimizer."""
+) -> Iterator[dict[str, Any]]:
+    """All programs on one preset in one precision of the optimizer, one after the other."""
     master = ["--fp32-master"] if precision == "fp32-master" else []
     plain = [args.yardstick, "--preset", preset, "--json", *master]
     dtype = "fp32" if master else "bf16"
     ours = [str(HERE / "train_step.py"), "--preset", preset, "--json", "--main-params-dtype", dtype, *rest]
-    rows = [run("yardstick, before", plain)] if args.yardstick else []
-    rows.append(run("megatron_mup", ours))
-    for peer in args.peers:
-        rows.append(run(peer, [str(HERE / "peers.py"), peer, "--preset", preset, "--json", *master]))
     if args.yardstick:
-        rows.append(run("yardstick, after", plain))
-    return rows
+        yield run("yardstick, before", plain)
+    yield run("megatron_mup", ours)
+    for peer in args.peers:
+        yield run(peer, [str(HERE / "peers.py"), peer, "--preset", preset, "--json", *master])
+    if args.yardstick:
+        yield run("yardstick, after", plain)
 
 
 def table(preset: str, precision: str, rows: list[dict[str, Any]]) -> str:
@@ -96,7 +98,7 @@ def table(preset: str, precision: str, rows: list[dict[str, Any]]) -> str:
 
 def heading(results: list[dict[str, Any]]) -> str:
     """Hardware and versions, as the runs found them."""
-    device = next((row["device"] for row in results if "device" in row), "no GPU")
+    device = next((row["device"] for row in results if "device" in row), "machine without a GPU")
     versions = {"Python": platform.python_version()}
     for row in results:
         versions |= row.get("versions", {}) | ({"torch": row["torch"]} if "torch" in row else {})
@@ -111,16 +113,17 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["dense-1b"])
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32-master"], choices=["bf16", "fp32-master"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for each program")
     parser.add_argument("--out", type=Path, metavar="NAME")
     args, rest = parser.parse_known_args()
-    run = Runner(args.out.with_suffix(".jsonl") if args.out else None)
-    tables, results = [], []
-    for preset in args.presets:
-        for precision in args.precisions:
-            rows = compare(preset, precision, args, rest, run)
-            results += rows
-            tables.append(table(preset, precision, rows))
-            text = "\n".join([heading(results), *tables])
+    run = Runner(args.out.with_suffix(".jsonl") if args.out else None, args.limit)
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in ((preset, precision) for preset in args.presets for precision in args.precisions):
+        rows[case] = []
+        for row in compare(*case, args, rest, run):
+            rows[case].append(row)
+            results = [each for found in rows.values() for each in found]
+            text = "\n".join([heading(results), *(table(*which, found) for which, found in rows.items())])
             if args.out:
                 args.out.with_suffix(".md").write_text(text)
     print(text)

@@ -14,7 +14,8 @@ half (6 x layers x width x seq) and once in full (12 x ...). MFU is against 989 
 in FP8 too. ``ms_per_step`` is the median of steps that are each waited for, ``ms_in_a_row`` the mean of as many that
 follow each other as in a run. Phases are a step's: ``forward`` and ``backward`` are the two parts of
 ``forward-backward`` in device time (without a pipeline), ``gradients`` is what comes between backward and the
-optimizer.
+optimizer. On several GPUs ``communication_ms`` is the first rank's time of messages in one more step, ``all`` and
+``alone``, while nothing else ran on its GPU.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ from megatron_mup.training.launch import Launch, init_process_group
 from megatron_mup.training.precision import settle_fp8
 from megatron_mup.training.step import TrainStep
 from megatron_mup.training.trainer import vocabulary_size
+
+# The folder of this program is on the path when it is started, the repository's when it is imported.
+if __package__:
+    from benchmarks.messages import of_a_step
+else:
+    from messages import of_a_step
 
 VOCAB_SIZE = 32768
 DOCUMENT = 4096
@@ -157,6 +164,8 @@ def measure(config: Config, steps: int, device: torch.device, trace: str | None 
         step(batch, 1.0)
     torch.cuda.synchronize() if on_gpu else None
     in_a_row = (time.perf_counter() - start) / steps
+    talks = on_gpu and dist.get_world_size() > 1
+    messages = {"communication_ms": of_a_step(lambda: step(batch, 1.0))} if talks else {}
     if trace:
         with torch.profiler.profile() as profile:
             step(batch, 1.0)
@@ -177,6 +186,7 @@ def measure(config: Config, steps: int, device: torch.device, trace: str | None 
         "tflops_causal_half": round(half * per_device / 1e12, 1),
         "tflops_full": round(full * per_device / 1e12, 1),
         "phases_ms": phases,
+        **messages,
     }
     if peak:
         result |= {

@@ -63,7 +63,11 @@ VARIANTS = {
     "TE bf16": TE,
     "TE bf16, not compiled": f"{TE} --no-torch-compile",
     **{f"TE FP8 {recipe}": f"{TE} --fp8-format hybrid --fp8-recipe {recipe}" for recipe in RECIPES},
-    "TE FP8 tensorwise, graph": f"{TE} --fp8-format hybrid --fp8-recipe tensorwise {GRAPH}",
+    **{
+        f"TE FP8 {recipe}, graph": f"{TE} --fp8-format hybrid --fp8-recipe {recipe} {GRAPH}"
+        for recipe in RECIPES
+        if recipe != "mxfp8"
+    },
     **{
         f"TE FP8 {recipe}, not compiled": f"{TE} --fp8-format hybrid --fp8-recipe {recipe} --no-torch-compile"
         for recipe in RECIPES

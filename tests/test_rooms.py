@@ -16,7 +16,7 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "kernels": set(),
     "parametrization": {"config"},
-    "parallel": {"config", "parametrization"},
+    "parallel": {"config", "parametrization", "kernels"},
     "layers": {"config", "parametrization", "parallel", "kernels"},
     "models": {"config", "parametrization", "parallel", "layers"},
     "optim": {"config", "parametrization", "parallel", "kernels"},

@@ -167,7 +167,8 @@ def _run(
         file.write(to_yaml(recipe))
     local = _Local(recipe, results, arguments)
     if arguments.worker is not None:
-        local(share(todo, arguments.worker, arguments.of))
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        local(share(results.agreed(array, todo) if array else todo, arguments.worker, arguments.of))
         return int(bool(rounds(_done(results))))
     workers = arguments.workers or max(1, len(visible_gpus()))
     if workers > 1:

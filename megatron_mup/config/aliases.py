@@ -1,4 +1,4 @@
-"""Spellings of Megatron-LM and Xmodel-2.5 that stand for settings here, or that ask for what is so anyway."""
+"""Spellings of Megatron-LM and Xmodel-2.5: for settings here, for what is so anyway, and for what can't be had."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Alias:
         needs: setting that must be given too.
         excludes: setting and value that it contradicts.
         note: why it changes nothing here; shown as a warning.
+        refused: why nothing here does what it asks for; it ends the run.
     """
 
     flag: str
@@ -32,6 +33,7 @@ class Alias:
     needs: str = ""
     excludes: tuple[str, object] | None = None
     note: str = ""
+    refused: str = ""
 
     @property
     def takes_value(self) -> bool:
@@ -41,6 +43,8 @@ class Alias:
     @property
     def meaning(self) -> str:
         """What it stands for, for help and docs."""
+        if self.refused:
+            return f"refused: {self.refused}"
         if self.renames:
             return "--" + self.renames.replace("_", "-")
         if self.sets:
@@ -70,6 +74,7 @@ def _tp_mode(value: str) -> Mapping[str, str]:
     return {"muon_distributed_mode": modes[value]}
 
 
+_BF16_ATTENTION = "attention itself is computed in bf16, whatever the linear layers are in"
 _FUSED = "fusions are the kernels' own business and change no result"
 _OVERLAP = "communication overlaps by itself"
 _SHARDED = "checkpoints are saved and loaded in parallel by all ranks"
@@ -95,6 +100,7 @@ _TABLE = (
     # Megatron-LM: other words for settings
     Alias(flag="use-rotary-position-embeddings", sets={"position_embedding_type": "rope"}),
     Alias(flag="use-flash-attn", sets={"attention_backend": "flash"}),
+    Alias(flag="enable-cuda-graph", sets={"cuda_graph_impl": "local"}),
     Alias(flag="muon-no-split-qkv", sets={"muon_split_qkv": "False"}),
     Alias(
         flag="muon-tp-mode",
@@ -137,7 +143,13 @@ _TABLE = (
     Alias(flag="no-bias-dropout-fusion", note=_FUSED),
     Alias(flag="no-rope-fusion", note=_FUSED),
     Alias(flag="cross-entropy-loss-fusion", note=_FUSED),
+    Alias(flag="use-precision-aware-optimizer", note="precisions of the optimizer's state are flags of their own"),
+    Alias(flag="main-grads-dtype", only="fp32", note="gradients of micro-batches are summed in fp32"),
     Alias(flag="use-pytorch-profiler", note="--profile always uses PyTorch's profiler"),
+    # Megatron-LM: what there is not
+    Alias(flag="fp8-dot-product-attention", refused=_BF16_ATTENTION),
+    Alias(flag="fp8-multi-head-attention", refused=_BF16_ATTENTION),
+    Alias(flag="tp-comm-overlap", refused="messages between tensor ranks don't overlap with matrix products here"),
 )
 
 ALIASES: Mapping[str, Alias] = MappingProxyType({alias.flag: alias for alias in _TABLE})

@@ -66,6 +66,8 @@ class Source:
     def _add_alias(self, alias: Alias, tokens: tuple[str, ...], where: str) -> None:
         if not alias.takes_value and tokens == ("False",):
             return
+        if alias.refused:
+            raise ConfigError(where, alias.refused, "drop it")
         self.used.append((alias, where))
         for name, words in _meant(alias, tokens, where).items():
             self._record(Given(settings()[name], words, alias.flag, where))

@@ -42,6 +42,10 @@ class OptimizerConfig:
     """Decay of AdamW's second moment."""
     adam_eps: float = 1e-8
     """AdamW's epsilon at base size; the parametrization scales it per parameter."""
+    exp_avg_dtype: Literal["fp32", "bf16"] | None = None
+    """Precision in which AdamW keeps its first moment; it computes in fp32. Default: that of the weights it updates."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] | None = None
+    """The same of its second moment. With --adam-beta2 from 0.996 on a step moves it by less than bf16 can show."""
     adam_impl: Literal["native", "apex", "transformer_engine"] = "native"
     """Whose kernel AdamW's step is on a GPU: ours; FusedAdam of NVIDIA's Apex or of Transformer Engine, for weights and
     state in fp32. docs/performance.md says which is fastest."""
@@ -95,6 +99,9 @@ class OptimizerConfig:
     """Decay of NorMuon's row variances."""
     dion_rank_fraction: float = 0.25
     """Rank of Dion's update, as a share of a matrix's short side."""
+    dion_compressed_sync: bool = False
+    """Replicas of the weights (data-parallel ranks without sharding, HSDP's instances) sum low-rank factors of momenta,
+    each of its own gradients, instead of the hidden matrices' gradients. Takes --clip-grad 0."""
     sphere_radius: float = 1.0
     """Factor c of the spectral norm c sqrt(out/in) that muonsphere and spectral_sphere give each matrix."""
     sphere_retraction: Literal["hard", "dynamic"] = "hard"

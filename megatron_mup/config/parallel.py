@@ -57,6 +57,9 @@ class ParallelConfig:
     """Replicas of the sharded state (HSDP): each group of data-parallel size / this many ranks shards one copy."""
     grad_reduce_in_bf16: bool = False
     """Reduce gradients over data-parallel ranks in bf16 instead of fp32."""
+    fsdp_transport: Literal["auto", "collective"] = "collective"
+    """What moves sharded parameters and their gradients (FSDP2). auto: copy engines where the ranks that share them are
+    GPUs of one machine that read each other's memory, else collective; collective: NCCL or gloo."""
     distributed_engine: Literal["native", "deepspeed"] = "native"
     """What shards parameters, gradients and optimizer state over data-parallel ranks: FSDP2 and this package's
     optimizers, or DeepSpeed's ZeRO with AdamW."""

@@ -23,6 +23,9 @@ class ParametrizationConfig:
     lr_alignment: Literal["full", "none"] = "full"
     """Alignment that everett assumes between weights and their inputs: learning rates of hidden matrices and output
     layer as 1 / width ratio (full) or its root (none)."""
+    mup_router_rule: Literal["output", "hidden", "zero"] = "output"
+    """How the router's initial values follow width. output: like an output layer's, as 1 / width ratio; hidden: as its
+    root (Megatron); zero: all 0. Its learning rate goes as 1 / width ratio in each."""
     mup_base_hidden_size: int | None = None
     """Hidden size at which the hyperparameters were tuned. Default: this model's own (ratio 1)."""
     mup_base_ffn_hidden_size: int | None = None

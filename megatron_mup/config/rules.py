@@ -309,16 +309,45 @@ def check_optimizer(config: Config) -> None:
             "only muon's rule is known without whole matrices",
             "use --muon-distributed-mode owner, or --optimizer muon",
         )
-    if flags.adam_impl != "native" and config.training.bf16 and config.training.main_params_dtype == "bf16":
+    in_bf16 = {
+        "main_params_dtype": config.training.bf16 and config.training.main_params_dtype == "bf16",
+        "exp_avg_dtype": flags.exp_avg_dtype == "bf16",
+        "exp_avg_sq_dtype": flags.exp_avg_sq_dtype == "bf16",
+    }
+    if flags.adam_impl != "native" and any(in_bf16.values()):
         raise ConfigError(
-            told(config, "adam_impl", "main_params_dtype"),
-            "its kernel keeps both moments in fp32",
-            "use --main-params-dtype fp32, or --adam-impl native",
+            told(config, "adam_impl", *(name for name, narrow in in_bf16.items() if narrow)),
+            "its kernel keeps weights and both moments in fp32",
+            "keep all of them in fp32, or use --adam-impl native",
         )
+    if flags.optimizer == "dion" and flags.dion_compressed_sync:
+        _check_compressed_sync(config)
     sphere = flags.optimizer in ("muonsphere", "spectral_sphere")
     if sphere and flags.sphere_retraction == "dynamic" and flags.weight_decay == 0:
         raise _contradiction(
             config, "sphere_retraction", "weight_decay", "dynamic retraction is as strong as the weight decay"
+        )
+
+
+def _check_compressed_sync(config: Config) -> None:
+    flags, parallel = config.optimizer, config.parallel
+    if flags.clip_grad > 0:
+        raise ConfigError(
+            told(config, "dion_compressed_sync", "clip_grad"),
+            "replicas don't sum the gradients of hidden matrices, so nobody knows the norm to clip by",
+            "use --clip-grad 0, or drop --dion-compressed-sync",
+        )
+    if flags.optimizer_switch_at is not None:
+        raise ConfigError(
+            told(config, "dion_compressed_sync", "optimizer_switch_at"),
+            "AdamW needs the sums of gradients that replicas would keep apart",
+            "drop one of them",
+        )
+    if parallel.sharding != "no_shard" and parallel.num_distributed_optimizer_instances == 1:
+        raise ConfigError(
+            told(config, "dion_compressed_sync", "num_distributed_optimizer_instances"),
+            f"{parallel.sharding} in one instance shards weights' gradients over all data-parallel ranks: no replicas",
+            "use --data-parallel-sharding-strategy no_shard, more instances, or drop --dion-compressed-sync",
         )
 
 

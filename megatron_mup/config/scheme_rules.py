@@ -177,6 +177,8 @@ def idle(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield ["base_num_layers"], name not in FOLLOWS_DEPTH, f"{name} doesn't look at depth (CompleteP does)"
     yield ["depth_alpha"], name not in ("completep", "custom"), "only CompleteP has the choice"
     yield ["mup_form"], name not in FORMED, f"{name} has one form"
+    routers = "its own table has the router's row"
+    yield ["mup_router_rule"], name == "custom", routers
     yield ["lr_alignment"], name != "everett", f"{name} assumes full alignment"
     only_umup = ["mup_residual_attention_ratio", "mup_ffn_act_mult"]
     yield only_umup, name != "umup", "only u-muP has it"

@@ -57,7 +57,7 @@ def _model(config: Config) -> Iterable[tuple[list[str], bool, str]]:
 def _experts(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     moe = config.moe
     none = moe.num_experts is None
-    names = [*_names("moe_"), "muon_moe_router", "mup_base_moe_ffn_hidden_size"]
+    names = [*_names("moe_"), "muon_moe_router", "mup_base_moe_ffn_hidden_size", "mup_router_rule"]
     yield names, none, "there are no experts"
     yield ["moe_router_pre_softmax"], moe.moe_router_score_function == "sigmoid", "the scores are sigmoids"
     yield ["moe_router_bias_update_rate"], not moe.moe_router_enable_expert_bias, "there is no expert bias"
@@ -105,9 +105,9 @@ def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield _names("ademamix_"), rest != "ademamix", spared
     yield ["adam_beta1", "adam_beta2"], rest == "lion", spared
     yield ["adam_eps"], rest in ("lion", "adam_atan2"), spared
-    yield ["adam_impl"], rest != "adam", spared
+    yield ["adam_impl", *_names("exp_avg_")], rest != "adam", spared
     engine = config.parallel.distributed_engine
-    yield ["adam_impl"], engine != "native", f"{engine} brings its own AdamW"
+    yield ["adam_impl", *_names("exp_avg_")], engine != "native", f"{engine} brings its own AdamW"
     yield ["muon_split_fc1"], not config.model.swiglu, "without --swiglu there is no gate to split off"
     style = f"the schedule is {schedule.lr_decay_style}"
     yield _names("lr_wsd_"), schedule.lr_decay_style not in ("WSD", "power"), style
@@ -130,8 +130,9 @@ def _layout(config: Config, world_size: int) -> Iterable[tuple[list[str], bool, 
     cut += [*_names("decoder_first_", "decoder_last_"), "num_layers_per_virtual_pipeline_stage"]
     yield cut, parallel.pipeline_model_parallel_size == 1, "the pipeline has one stage"
     whole = "nothing is sharded over data-parallel ranks"
-    yield ["num_distributed_optimizer_instances"], parallel.sharding == "no_shard", whole
+    yield ["num_distributed_optimizer_instances", "fsdp_transport"], parallel.sharding == "no_shard", whole
     one = config.sharding_size(world_size) == 1
+    yield ["dion_compressed_sync"], one, "there is one data-parallel rank, and no replica"
     lone = "there is one data-parallel rank"
     yield ["grad_reduce_in_bf16"], one and parallel.grad_reduce_in_bf16, lone
     strategy = ["data_parallel_sharding_strategy", "use_torch_fsdp2", "use_distributed_optimizer"]

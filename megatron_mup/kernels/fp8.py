@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_mup.kernels.fp8_casts import E4M3, E5M2, both_ways, saturated, transposed
+from megatron_mup.kernels.fp8_casts import E4M3, E5M2, both_ways, saturated, swiglu_backward_fp8, swiglu_fp8, transposed
 
 
 @torch.compiler.assume_constant_result
@@ -30,6 +30,13 @@ def fp8_product(a: torch.Tensor, b: torch.Tensor, factor: float, dtype: torch.dt
     if not device_has_fp8(a.device):
         return fp8_product_reference(a, b, factor, dtype)
     scale_a, scale_b = (torch.full((), value, device=a.device) for value in (factor, 1.0))
+    return scaled_product(a, b, scale_a, scale_b, dtype, fast)
+
+
+def scaled_product(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype, fast: bool
+) -> torch.Tensor:
+    """``scale_a a (scale_b b)^T`` on hardware with FP8; scales have one element, in fp32. Else as `fp8_product`."""
     return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)
 
 
@@ -76,6 +83,74 @@ class _Linear(torch.autograd.Function):
         operands = transposed(flat, ctx.gradient), transposed(rows, E4M3)
         grad_weight = fp8_product(*operands, of_weight, ctx.dtype, fast=False)
         return grad_x.unflatten(0, grad.shape[:-1]), grad_weight, None, None, None, None
+
+
+class _MLP(torch.autograd.Function):
+    """Two of these layers with SwiGLU between them, which writes FP8 both ways."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        factors: tuple[tuple[float, float, float], tuple[float, float, float]],
+        gradient: torch.dtype,
+        gradient_scale: float,
+        act: tuple[int, float, float],
+        keep: bool,
+    ) -> torch.Tensor:
+        rows = saturated(x.flatten(0, -2), E4M3)
+        cast, kept_first = _cast_weight(first, keep)
+        inner = fp8_product(rows, cast, factors[0][0], x.dtype, fast=True)
+        result, columns = swiglu_fp8(inner, *act, E4M3)
+        cast, kept_second = _cast_weight(second, keep)
+        ctx.save_for_backward(rows, kept_first, inner, columns, kept_second)
+        ctx.factors, ctx.gradient, ctx.gradient_scale, ctx.act = factors, gradient, gradient_scale, act
+        ctx.dtype = first.dtype
+        y = fp8_product(result, cast, factors[1][0], x.dtype, fast=True)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, first, inner, columns, second = ctx.saved_tensors
+        (_, of_first, of_x), (_, of_second, of_inner) = (
+            tuple(factor / ctx.gradient_scale for factor in each) for each in ctx.factors
+        )
+        flat = saturated(grad.flatten(0, -2) * ctx.gradient_scale, ctx.gradient)
+        d = fp8_product(flat, _columns(second), of_inner, grad.dtype, fast=False)
+        d_second = fp8_product(transposed(flat, ctx.gradient), columns, of_second, ctx.dtype, fast=False)
+        run, mult, weight = ctx.act
+        d_rows, d_columns = swiglu_backward_fp8(inner, d, run, mult, weight * ctx.gradient_scale, ctx.gradient)
+        d_x = fp8_product(d_rows, _columns(first), of_x, grad.dtype, fast=False)
+        d_first = fp8_product(d_columns, transposed(rows, E4M3), of_first, ctx.dtype, fast=False)
+        return d_x.unflatten(0, grad.shape[:-1]), d_first, d_second, None, None, None, None, None
+
+
+def fp8_swiglu_mlp(
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    factors: tuple[tuple[float, float, float], tuple[float, float, float]],
+    gradient: torch.dtype,
+    gradient_scale: float,
+    run: int,
+    mult: float,
+    weight: float,
+    keep: bool = False,
+) -> torch.Tensor:
+    """`fp8_linear`, SwiGLU, `fp8_linear`, but that SwiGLU's result and the gradient of its input are not rounded before
+    they are cast.
+
+    Args:
+        x: ``[..., in]``.
+        weights: ``[2 ffn, in]`` and ``[out, ffn]``.
+        factors, gradient, gradient_scale: of both layers, as there.
+        run: gate and up alternate along the first weight's rows in runs of this many.
+        mult: a factor inside the sigmoid.
+        weight: a factor on SwiGLU's result.
+        keep: as there.
+    """
+    return _MLP.apply(x, *weights, factors, gradient, gradient_scale, (run, mult, weight), keep)
 
 
 def fp8_linear(

@@ -1,5 +1,7 @@
 """Casts to FP8 as matrix products want them: both operands of a product lie along the dimension that is summed over, so
 the gradients' products take transposes, which FP8's one byte makes slow to write without a kernel.
+
+SwiGLU's result and the gradient of its input are written in FP8 both ways: neither exists in bf16.
 """
 
 from __future__ import annotations
@@ -8,12 +10,43 @@ import functools
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
+
+from megatron_mup.kernels.swiglu import plain_swiglu, swiglu_backward_reference
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
 """Whether there are kernels for tensors on a GPU."""
+
+
+class Cast(NamedTuple):
+    """A matrix in FP8.
+
+    Attributes:
+        rows: ``[m, n]``.
+        columns: its transpose ``[n, m]``, or None.
+        inverse: what brings its values back, fp32 with one element.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor | None
+    inverse: torch.Tensor
+
+
+class Scale(NamedTuple):
+    """How a matrix is cast, on the device.
+
+    Attributes:
+        factor: on its values, fp32 with one element.
+        largest: is raised to the largest absolute value that was seen.
+        dtype: of the result.
+    """
+
+    factor: torch.Tensor
+    largest: torch.Tensor
+    dtype: torch.dtype
 
 
 @functools.cache
@@ -59,11 +92,113 @@ def both_ways(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
 
 @torch.library.custom_op("megatron_mup::fp8_both_ways", mutates_args=(), device_types="cuda")
 def _both_ways(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = (torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.shape[::-1]))
+    rows, columns = _empty(x.shape, x, dtype)
     _kernels().transpose(x.contiguous(), columns, rows)
     return rows, columns
 
 
 @_both_ways.register_fake
 def _(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
+    return _empty(x.shape, x, dtype)
+
+
+def swiglu_cast(x: torch.Tensor, run: int, scale: Scale) -> Cast:
+    """SwiGLU of a matrix on a GPU, computed in fp32 and cast.
+
+    Args:
+        x: ``[m, 2 ffn]``, contiguous, runs of gate and up in turn.
+        run: features in a run, a power of two.
+        scale: of the result ``[m, ffn]``.
+    """
+    rows, columns = _empty((x.shape[0], x.shape[1] // 2), x, scale.dtype)
+    inverse = x.new_empty(1, dtype=torch.float32)
+    _kernels().swiglu(x, None, run, rows, columns, scaling=(scale.factor, scale.largest, inverse))
+    return Cast(rows, columns, inverse)
+
+
+def swiglu_backward_cast(x: torch.Tensor, grad: torch.Tensor, run: int, scale: Scale) -> Cast:
+    """The gradient of SwiGLU's input ``[m, 2 ffn]``, cast; ``grad`` is that of its result, contiguous."""
+    rows, columns = _empty(x.shape, x, scale.dtype)
+    inverse = x.new_empty(1, dtype=torch.float32)
+    _kernels().swiglu(x, grad, run, rows, columns, scaling=(scale.factor, scale.largest, inverse))
+    return Cast(rows, columns, inverse)
+
+
+def swiglu_fp8(
+    x: torch.Tensor, run: int, mult: float, weight: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight`` times SwiGLU, computed in fp32 and `saturated`, ``[m, ffn]``, and its transpose.
+
+    Args:
+        x: ``[m, 2 ffn]``, runs of gate and up in turn.
+        run: features in a run, a power of two.
+        mult: factor inside the sigmoid.
+        weight: factor on the result.
+        dtype: of the result.
+    """
+    if HAS_KERNEL and x.is_cuda:
+        return _swiglu_fp8(x, run, mult, weight, dtype)
+    rows = saturated(plain_swiglu(x.float(), run, mult) * weight, dtype)
+    return rows, rows.t().contiguous()
+
+
+def swiglu_backward_fp8(
+    x: torch.Tensor, grad: torch.Tensor, run: int, mult: float, weight: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight`` times the gradient of SwiGLU's input ``[m, 2 ffn]``, and its transpose; ``grad`` is its result's."""
+    if HAS_KERNEL and x.is_cuda:
+        return _swiglu_backward_fp8(x, grad, run, mult, weight, dtype)
+    rows = saturated(swiglu_backward_reference(x.float(), grad.float() * weight, run, mult), dtype)
+    return rows, rows.t().contiguous()
+
+
+@torch.library.custom_op("megatron_mup::swiglu_fp8", mutates_args=(), device_types="cuda")
+def _swiglu_fp8(
+    x: torch.Tensor, run: int, mult: float, weight: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = _empty((x.shape[0], x.shape[1] // 2), x, dtype)
+    _kernels().swiglu(x.contiguous(), None, run, rows, columns, mult, weight)
+    return rows, columns
+
+
+@_swiglu_fp8.register_fake
+def _(x: torch.Tensor, run: int, mult: float, weight: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty((x.shape[0], x.shape[1] // 2), x, dtype)
+
+
+@torch.library.custom_op("megatron_mup::swiglu_backward_fp8", mutates_args=(), device_types="cuda")
+def _swiglu_backward_fp8(
+    x: torch.Tensor, grad: torch.Tensor, run: int, mult: float, weight: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = _empty(x.shape, x, dtype)
+    _kernels().swiglu(x.contiguous(), grad.contiguous(), run, rows, columns, mult, weight)
+    return rows, columns
+
+
+@_swiglu_backward_fp8.register_fake
+def _(
+    x: torch.Tensor, grad: torch.Tensor, run: int, mult: float, weight: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty(x.shape, x, dtype)
+
+
+def cast_reference(x: torch.Tensor, scale: Scale) -> Cast:
+    """The plain twin of casts with a scale."""
+    scale.largest.copy_(torch.maximum(scale.largest, x.float().abs().max()))
+    rows = saturated(x.float() * scale.factor, scale.dtype)
+    return Cast(rows, rows.t().contiguous(), 1 / scale.factor)
+
+
+def swiglu_cast_reference(x: torch.Tensor, run: int, scale: Scale) -> Cast:
+    """The plain twin of `swiglu_cast`, which defines it."""
+    return cast_reference(plain_swiglu(x.float(), run), scale)
+
+
+def swiglu_backward_cast_reference(x: torch.Tensor, grad: torch.Tensor, run: int, scale: Scale) -> Cast:
+    """The plain twin of `swiglu_backward_cast`, which defines it."""
+    return cast_reference(swiglu_backward_reference(x.float(), grad.float(), run), scale)
+
+
+def _empty(shape: tuple[int, ...], x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix and its transpose, beside ``x``."""
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape[::-1], dtype=dtype)

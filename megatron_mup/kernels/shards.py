@@ -1,9 +1,9 @@
 """Elementwise passes of the matrix optimizers over many shards at once.
 
-:func:`advance` brings momenta up to date and packs the updates; :func:`apply` adds packed results to the weights. Each
-is one or two Triton kernels on a GPU and its plain twin, ``*_reference``, elsewhere. What lies where is told by
-`Pieces`, and the kernels read addresses from tables on the device (`Shards`): so they can be replayed from a CUDA graph
-although gradients lie somewhere else in each step.
+:func:`advance` brings momenta up to date and packs the updates; :func:`move` puts what is packed in another order;
+:func:`apply` adds packed results to the weights. Each is one or two Triton kernels on a GPU and its plain twin,
+``*_reference``, elsewhere. What lies where is told by `Pieces`, and the kernels read addresses from tables on the
+device (`Shards`): so they can be replayed from a CUDA graph although gradients lie somewhere else in each step.
 """
 
 from __future__ import annotations
@@ -183,9 +183,12 @@ def advance(
         advance_reference(grads, momenta, out, pieces, momentum)
         return None
     squares = kernels.advance(grads, momenta, out, pieces, momentum, matrices > 0)
-    if squares is None:
-        return None
-    return squares[pieces.tiles_of_matrices(out.numel() // matrices)].sum(-1).sqrt()
+    return None if squares is None else _norms(squares, pieces, out.numel() // matrices)
+
+
+def _norms(squares: torch.Tensor, pieces: Pieces, size: int) -> torch.Tensor:
+    """Of matrices of ``size`` elements, from the sums of squares of tiles."""
+    return squares[pieces.tiles_of_matrices(size)].sum(-1).sqrt()
 
 
 def advance_reference(
@@ -206,6 +209,35 @@ def advance_reference(
                 kept.mul_(beta).add_(grad)
                 update = grad.add(kept, alpha=beta) if momentum.nesterov else kept
         out[piece.place : piece.place + piece.length].copy_(update)
+
+
+def move(source: torch.Tensor, out: torch.Tensor, pieces: Pieces, matrices: int = 0) -> torch.Tensor | None:
+    """Copies runs of elements from one flat buffer to another of its precision.
+
+    Args:
+        source: the tensor of the pieces, whatever number they give it.
+        out: the buffer in which they have a place.
+        pieces: what to copy.
+        matrices: how many equal matrices ``out`` holds, none of which begins inside a piece.
+
+    Returns:
+        As :func:`advance`.
+    """
+    kernels = _kernels(out.device)
+    if kernels is None:
+        move_reference(source, out, pieces)
+        return None
+    squares = kernels.move(source, out, pieces, matrices > 0)
+    return None if squares is None else _norms(squares, pieces, out.numel() // matrices)
+
+
+def move_reference(source: torch.Tensor, out: torch.Tensor, pieces: Pieces) -> None:
+    """The plain twin of :func:`move`, which defines it."""
+    own = pieces.pieces
+    torch._foreach_copy_(
+        [out[piece.place : piece.place + piece.length] for piece in own],
+        [source[piece.start : piece.start + piece.length] for piece in own],
+    )
 
 
 def apply(values: Shards, results: torch.Tensor, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor) -> None:

@@ -88,6 +88,16 @@ def _advance_kernel(
 
 
 @triton.jit
+def _move_kernel(tiles, source, out, squares, SQUARES: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr):
+    _, start, place, length, _ = _tile(tiles)
+    moved = _load(_elements(source, start, WHOLE, TILE), length, WHOLE, TILE)
+    _store(_elements(out, place, WHOLE, TILE), moved, length, WHOLE, TILE)
+    if SQUARES:
+        exact = moved.to(tl.float32)
+        tl.store(squares + tl.program_id(0), tl.sum(exact * exact, 0))
+
+
+@triton.jit
 def _apply_kernel(tiles, values, results, gain, change, VALUE: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr):
     tensor, start, place, length, matrix = _tile(tiles)
     where = _elements(tl.load(values + tensor).to(tl.pointer_type(VALUE)), start, WHOLE, TILE)
@@ -126,6 +136,18 @@ def advance(
             WHOLE=whole,
             TILE=TILE,
         )
+        first += len(tiles)
+    return squares
+
+
+def move(source: torch.Tensor, out: torch.Tensor, pieces: Pieces, squared: bool = False) -> torch.Tensor | None:
+    """Runs the kernel; arguments as for ``shards.move``. Returns what :func:`advance` does."""
+    count = sum(len(tiles) for _, tiles in pieces.tables)
+    squares = torch.zeros(count + 1, device=out.device) if squared and count else None
+    first = 0
+    for whole, tiles in pieces.tables:
+        to = tiles if squares is None else squares[first:]
+        _move_kernel[(len(tiles),)](tiles, source, out, to, SQUARES=squares is not None, WHOLE=whole, TILE=TILE)
         first += len(tiles)
     return squares
 

@@ -45,9 +45,16 @@ def _(x: torch.Tensor, grad: torch.Tensor, run: int) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def swiglu_backward_reference(x: torch.Tensor, grad: torch.Tensor, run: int) -> torch.Tensor:
-    """The plain twin of :func:`swiglu_backward`, which defines it."""
+def plain_swiglu(x: torch.Tensor, run: int, mult: float = 1.0) -> torch.Tensor:
+    """``gate * sigmoid(mult * gate) * up`` of ``[..., 2 ffn]``, runs of gate and up in turn: PyTorch's operations."""
+    gate, up = x.unflatten(-1, (-1, 2, run)).unbind(-2)
+    gated = F.silu(gate) if mult == 1 else gate * torch.sigmoid(mult * gate)
+    return (gated * up).flatten(-2)
+
+
+def swiglu_backward_reference(x: torch.Tensor, grad: torch.Tensor, run: int, mult: float = 1.0) -> torch.Tensor:
+    """The plain twin of :func:`swiglu_backward`, which defines it, with a factor inside the sigmoid."""
     gate, up = x.float().unflatten(-1, (-1, 2, run)).unbind(-2)
-    d, share = grad.float().unflatten(-1, (-1, run)), torch.sigmoid(gate)
-    d_gate = d * up * (share + gate * share * (1 - share))
-    return torch.stack([d_gate, d * F.silu(gate)], -2).flatten(-3).to(x.dtype)
+    d, share = grad.float().unflatten(-1, (-1, run)), torch.sigmoid(mult * gate)
+    d_gate = d * up * (share + mult * gate * share * (1 - share))
+    return torch.stack([d_gate, d * gate * share], -2).flatten(-3).to(x.dtype)

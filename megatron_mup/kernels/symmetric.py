@@ -61,10 +61,16 @@ def _kernel() -> ModuleType:
 
 
 def kernel_takes(*operands: torch.Tensor) -> bool:
-    """Whether the Triton kernel can run on these: half precision, Hopper or later, rows of a multiple of 16 bytes."""
+    """Whether the Triton kernel can run on these: half precision, Hopper or later, rows at multiples of 16 bytes."""
     return _device_has_kernel(operands[0].device) and all(
-        o.dtype in HALVES and o.is_contiguous() and o.shape[-1] % 8 == 0 and o.data_ptr() % 16 == 0 for o in operands
+        o.dtype in HALVES and o.shape[-1] % 8 == 0 and has_whole_rows(o) and o.data_ptr() % 16 == 0 for o in operands
     )
+
+
+def has_whole_rows(x: torch.Tensor) -> bool:
+    """Whether each row lies in one piece, and the next one a multiple of 8 elements further."""
+    *others, last = x.stride()
+    return last == 1 and all(stride > 0 and stride % 8 == 0 for stride in others)
 
 
 def symmetric_product(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from megatron_mup.kernels.fp8_casts import E4M3, E5M2, Cast, Scale
 
 
 def obstacle(recipe: str | None) -> str | None:
@@ -97,6 +99,30 @@ def one_step(recipe: Any, group: dist.ProcessGroup | None, train: bool) -> Itera
             torch._foreach_zero_(largest)
 
 
+class Scales(NamedTuple):
+    """How recipe ``delayed`` casts what a linear layer multiplies."""
+
+    input: Scale
+    weight: Scale
+    gradient: Scale
+
+
+def _scale_of(quantizer: Any) -> Scale:
+    return Scale(quantizer.scale, quantizer.amax, E5M2 if quantizer.dtype.name.endswith("E5M2") else E4M3)
+
+
+def cast_by(x: torch.Tensor, scale: Scale, columns: bool) -> Cast:
+    """A matrix on the GPU in FP8 by Transformer Engine's kernel; its transpose too if asked for."""
+    import transformer_engine.pytorch as te
+
+    types = {E4M3: te.DType.kFloat8E4M3, E5M2: te.DType.kFloat8E5M2}
+    quantizer = te.Float8Quantizer(scale.factor, scale.largest, types[scale.dtype], columnwise=columns)
+    quantizer.internal = True
+    made = quantizer(x)
+    transpose = made._transpose.view(scale.dtype) if columns else None
+    return Cast(made._data.view(scale.dtype), transpose, made._scale_inv)
+
+
 class _Held:
     """One of Transformer Engine's layers, made when it is first needed, without a parameter of its own.
 
@@ -130,28 +156,46 @@ class Product(_Held):
     def __init__(self, fp8_wgrad: bool = True) -> None:
         super().__init__()
         self.fp8_wgrad = fp8_wgrad
+        self._weight: Cast | None = None
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` and ``[out, in]`` to ``[..., out]``."""
-        if self._layer is None:
-            self._layer = self._make(weight)
-        layer = self._layer
+        layer = self._made(weight)
         layer.fast_setattr("_is_fsdp2", self.resharded)
-        if self.fp8_wgrad or not _in_fp8():
+        if self.fp8_wgrad or not in_fp8():
             layer.fast_setattr("weight", weight)
             return layer(x, is_first_microbatch=self._is_first())
         layer.fast_setattr("weight", weight.detach())
         return _WeightGradient.apply(layer(x, is_first_microbatch=self._is_first()), x, weight)
 
-    @staticmethod
-    def _make(weight: torch.Tensor) -> Any:
-        """A layer whose parameter is taken away: `multiply` sets a plain attribute of that name."""
-        import transformer_engine.pytorch as te
+    def scales(self, x: torch.Tensor, weight: torch.Tensor) -> Scales:
+        """What recipe ``delayed`` casts by, for a product that somebody else takes inside `one_step`."""
+        layer = self._made(weight)
+        layer.fast_setattr("weight", weight)
+        layer.prepare_forward(x, allow_non_contiguous=True)  # makes the scales, and lets `one_step` know them
+        layer.end_forward()
+        forward, backward = layer.quantizers["scaling_fwd"], layer.quantizers["scaling_bwd"]
+        return Scales(*map(_scale_of, (forward[0], forward[1], backward[0])))
 
-        rows, columns = weight.shape
-        layer = te.Linear(columns, rows, bias=False, params_dtype=weight.dtype, device="meta")
-        del layer._parameters["weight"]
-        return layer
+    def cast_weight(self, weight: torch.Tensor, scale: Scale) -> Cast:
+        """The weight of such a product in FP8, cast once for all that share it."""
+        first = self._is_first()
+        if first is False and self._weight is not None:
+            return self._weight
+        columns = torch.is_grad_enabled() and not self.resharded
+        cast = cast_by(weight.detach(), scale, columns)
+        self._weight = cast if first else None
+        return cast
+
+    def _made(self, weight: torch.Tensor) -> Any:
+        """A layer whose parameter is taken away: a plain attribute of that name is set for each product."""
+        if self._layer is None:
+            import transformer_engine.pytorch as te
+
+            rows, columns = weight.shape
+            self._layer = te.Linear(columns, rows, bias=False, params_dtype=weight.dtype, device="meta")
+            del self._layer._parameters["weight"]
+        return self._layer
 
 
 class GroupedProduct(_Held):
@@ -208,7 +252,7 @@ class Padding:
         return self._layers[1](rows, counts)
 
 
-def _in_fp8() -> bool:
+def in_fp8() -> bool:
     """Whether a product that runs now is in FP8."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 

@@ -19,7 +19,8 @@ from megatron_mup.layers.context import causal_attention, gathered, masked_atten
 from megatron_mup.layers.dropout import drop
 from megatron_mup.layers.info import Context, TokenInfo
 from megatron_mup.layers.partial import Partial, Thinning
-from megatron_mup.layers.rope import rotate
+from megatron_mup.layers.rope import parts, rotate, rotated_parts
+from megatron_mup.layers.scale import forward_by
 from megatron_mup.parametrization.meta import Block
 
 KERNELS = {
@@ -102,7 +103,8 @@ class Attention(nn.Module, ABC):
         first_head: number of the first of them in the whole layer.
         groups: key/value heads on this rank.
         scale: factor on the logits.
-        output_scale: factor on the output of attention, of unit-scaled models.
+        output_scale: factor on the output of attention, of unit-scaled models; the gradient has it from the factors of
+            ``linear_proj``.
         backend: name of the kernel, see `TrainingConfig.attention_backend`.
         dropout: probability on attention weights.
 
@@ -139,8 +141,7 @@ class Attention(nn.Module, ABC):
         if info.cache is not None:
             key, value = info.cache.extend(self, key, value)
         context = self.core(query, key, value, info, salt)
-        if self.output_scale != 1:
-            context = context * self.output_scale
+        context = forward_by(context, self.output_scale)
         return self.linear_proj(context.permute(2, 0, 1, 3).flatten(2))
 
     @abstractmethod
@@ -291,9 +292,12 @@ class SelfAttention(Attention):
     def query_key_value(self, x: torch.Tensor, info: TokenInfo) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Attention.query_key_value`."""
         fused = self.linear_qkv(x).unflatten(-1, (self.groups, -1, self.head_dim))
-        query, key, value = fused.split([self.heads // self.groups, 1, 1], -2)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if info.cos is not None and info.sin is not None:
-            query, key = rotate(query, info.cos, info.sin), rotate(key, info.cos, info.sin)
+        if info.cos is None or info.sin is None or self.q_layernorm is not None:
+            query, key, value = parts(fused)
+            if self.q_layernorm is not None and self.k_layernorm is not None:
+                query, key = self.q_layernorm(query), self.k_layernorm(key)
+            if info.cos is not None and info.sin is not None:
+                query, key = rotate(query, info.cos, info.sin), rotate(key, info.cos, info.sin)
+        else:
+            query, key, value = rotated_parts(fused, info.cos, info.sin)
         return query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)

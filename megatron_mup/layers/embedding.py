@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mup.kernels.embedding import HAS_KERNEL, embedding_backward
 from megatron_mup.layers.scale import scale
 from megatron_mup.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from megatron_mup.parallel.mesh import TensorAxis
 from megatron_mup.parametrization.operations import PLAIN, Scales
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = weight.shape[0]
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        (tokens,) = ctx.saved_tensors
+        return None, embedding_backward(tokens, grad, ctx.rows)
+
+
+def lookup(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows ``[..., channels]`` of a table by ids ``[...]``; on a GPU with a kernel of ours for the gradient.
+
+    Not where there are fewer rows than tokens: many share one then, and PyTorch's takes parts of it side by side.
+    """
+    if HAS_KERNEL and weight.is_cuda and weight.shape[0] >= tokens.numel():
+        return _Lookup.apply(tokens, weight)
+    return F.embedding(tokens, weight)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -37,12 +63,15 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Ids ``[seq, batch]`` to ``[seq (/ tp), batch, hidden]``."""
-        weight = scale(self.weight, backward=self.scales.weight)
+        # The factor on the weight's gradient goes to that of the rows, which are fewer.
+        return scale(self._rows(tokens), backward=self.scales.weight)
+
+    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.axis.group is None:
-            return F.embedding(tokens, weight)
+            return lookup(tokens, self.weight)
         local = tokens - self.first_row
-        foreign = (local < 0) | (local >= weight.shape[0])
-        rows = F.embedding(local.masked_fill(foreign, 0), weight).masked_fill(foreign[..., None], 0)
+        foreign = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(foreign, 0), self.weight).masked_fill(foreign[..., None], 0)
         return leave_tensor_parallel(rows, self.axis, self.sequence_parallel)
 
 

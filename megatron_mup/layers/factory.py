@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,14 +14,14 @@ from megatron_mup.kernels.fp8 import E4M3, E5M2
 from megatron_mup.kernels.te import Product
 from megatron_mup.layers.attention import Attention, SelfAttention, qkv_blocks
 from megatron_mup.layers.embedding import OutputLayer, PositionEmbedding, VocabParallelEmbedding
-from megatron_mup.layers.fp8 import StaticColumnLinear, StaticFP8, StaticRowLinear
+from megatron_mup.layers.fp8 import StaticColumnLinear, StaticFP8, StaticMLP, StaticRowLinear
 from megatron_mup.layers.latent import latent_attention
 from megatron_mup.layers.linear import ColumnLinear, RowLinear
 from megatron_mup.layers.mlp import GLU_BLOCKS, MLP, gelu, squared_relu, swiglu
 from megatron_mup.layers.moe import Experts, GroupedLinear, MoE, expert_blocks, halved_swiglu
 from megatron_mup.layers.norm import LayerNorm, RMSNorm
 from megatron_mup.layers.router import Router
-from megatron_mup.layers.te import TEColumnLinear, TEExperts, TERowLinear
+from megatron_mup.layers.te import TEMLP, TEColumnLinear, TEExperts, TERowLinear
 from megatron_mup.parallel.mesh import ONE_CONTEXT_RANK, ONE_EXPERT_RANK, ContextAxis, ExpertAxis, TensorAxis
 from megatron_mup.parametrization.base import BaseSizes
 from megatron_mup.parametrization.meta import ParamMeta, Role
@@ -227,6 +228,9 @@ class LayerFactory:
                 layer=layer,
             )
         scales, static = self.scales(f"{name}.weight"), self.static_fp8(f"{name}.weight")
+        if role is Role.ATTENTION_OUTPUT:
+            # A factor of a product costs nothing, one on attention's gradient a pass over it.
+            scales = replace(scales, backward=scales.backward * attention_scale(self.config))
         if static is not None:
             return StaticRowLinear(weight, self.axis, self.sequence_parallel, scales, static)
         if (product := self.te_product(f"{name}.weight")) is not None:
@@ -295,12 +299,18 @@ class LayerFactory:
             activation = partial(swiglu if model.swiglu else gelu, mult=mult)
         elif model.swiglu and self.static_fp8(f"{name}.linear_fc1.weight") is not None:
             activation = partial(swiglu, alone=False)  # its gradient is cast to FP8 at once
-        return MLP(
-            self.column_linear(f"{name}.linear_fc1.weight", weight, bias),
-            self.row_linear(f"{name}.linear_fc2", Role.MLP_OUT, width, base_width, layer),
-            activation,
-            activation_scale(self.config),
-        )
+        column = self.column_linear(f"{name}.linear_fc1.weight", weight, bias)
+        row = self.row_linear(f"{name}.linear_fc2", Role.MLP_OUT, width, base_width, layer)
+        if model.swiglu and isinstance(column, StaticColumnLinear) and isinstance(row, StaticRowLinear):
+            return StaticMLP(column, row, activation, activation_scale(self.config), mult)
+        kind = TEMLP if activation is swiglu and self.te_fuses(column, row) else MLP
+        return kind(column, row, activation, activation_scale(self.config))
+
+    def te_fuses(self, *linears: ColumnLinear | RowLinear) -> bool:
+        """Whether two layers and the SwiGLU between them are Transformer Engine's and plain enough for `TEMLP`."""
+        fp8, te = self.config.fp8, (TEColumnLinear, TERowLinear)
+        plain = all(isinstance(each, te) and each.bias is None and each.scales == PLAIN for each in linears)
+        return plain and fp8.fp8_format is not None and fp8.fp8_recipe == "delayed" and fp8.fp8_wgrad
 
     def moe(self, name: str, layer: int) -> MoE:
         """The MLP branch of a layer with experts."""

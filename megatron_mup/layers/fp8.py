@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from megatron_mup.kernels.fp8 import E4M3, fp8_linear
+from megatron_mup.kernels.fp8 import E4M3, fp8_linear, fp8_swiglu_mlp
 from megatron_mup.layers.linear import ColumnLinear, ParallelLinear, RowLinear
+from megatron_mup.layers.mlp import GLU_INTERLEAVE, MLP
 from megatron_mup.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from megatron_mup.parallel.mesh import TensorAxis
 from megatron_mup.parametrization.operations import Scales
@@ -49,13 +50,14 @@ class StaticLinear(ParallelLinear):
     ) -> None:
         super().__init__(weight, None, axis, sequence_parallel, scales)
         self.static = static
+        self.factors = (scales.forward, scales.weight, scales.backward)
         self.watcher: Watcher | None = None
         self.keeps = False
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]`` of this rank's part of the weight."""
-        factors, static = (self.scales.forward, self.scales.weight, self.scales.backward), self.static
-        y = fp8_linear(x, self.weight, factors, static.gradient, static.gradient_scale, self.keeps)
+        static = self.static
+        y = fp8_linear(x, self.weight, self.factors, static.gradient, static.gradient_scale, self.keeps)
         if self.watcher is not None:
             self.watcher("input", x, E4M3)
             self.watcher("weight", self.weight, E4M3)
@@ -81,3 +83,40 @@ class StaticRowLinear(StaticLinear, RowLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[seq, batch, in / tp]`` to ``[seq (/ tp), batch, out]``."""
         return leave_tensor_parallel(self.product(x), self.axis, self.sequence_parallel)
+
+
+class StaticMLP(MLP):
+    """`MLP` of two of these layers with SwiGLU between them, taken together unless somebody looks inside.
+
+    Args:
+        linear_fc1, linear_fc2, activation, activation_scale: as there.
+        mult: the factor inside the activation.
+    """
+
+    linear_fc1: StaticColumnLinear
+    linear_fc2: StaticRowLinear
+
+    def __init__(
+        self, linear_fc1: nn.Module, linear_fc2: nn.Module, activation: object, activation_scale: float, mult: float
+    ) -> None:
+        super().__init__(linear_fc1, linear_fc2, activation, activation_scale)
+        self.mult = mult
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See `MLP.forward`."""
+        first, second = self.linear_fc1, self.linear_fc2
+        if first.watcher is not None or first._forward_hooks or second._forward_hooks:
+            return super().forward(x)
+        x = enter_tensor_parallel(x, first.axis, first.sequence_parallel)
+        y = fp8_swiglu_mlp(
+            x,
+            (first.weight, second.weight),
+            (first.factors, second.factors),
+            first.static.gradient,
+            first.static.gradient_scale,
+            GLU_INTERLEAVE,
+            self.mult,
+            self.activation_scale,
+            first.keeps,
+        )
+        return leave_tensor_parallel(y, second.axis, second.sequence_parallel)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_mup.kernels.swiglu import HAS_KERNEL, swiglu_backward
+from megatron_mup.kernels.swiglu import HAS_KERNEL, plain_swiglu, swiglu_backward
 from megatron_mup.parametrization.meta import Block
 
 # Gate and up rows alternate in runs of this many, so that any contiguous shard of rows that is a multiple of twice as
@@ -24,7 +24,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        return _swiglu(x, 1.0)
+        return plain_swiglu(x, GLU_INTERLEAVE)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
@@ -40,13 +40,9 @@ def swiglu(x: torch.Tensor, mult: float = 1.0, alone: bool = True) -> torch.Tens
         mult: a factor inside the sigmoid, of unit-scaled models.
         alone: whether it stands between two matrix products; if not, the compiler fuses its gradient with what follows.
     """
-    return _SwiGLU.apply(x) if alone and mult == 1 and HAS_KERNEL and x.is_cuda else _swiglu(x, mult)
-
-
-def _swiglu(x: torch.Tensor, mult: float) -> torch.Tensor:
-    gate, up = x.unflatten(-1, (-1, 2, GLU_INTERLEAVE)).unbind(-2)
-    gated = F.silu(gate) if mult == 1 else gate * torch.sigmoid(mult * gate)
-    return (gated * up).flatten(-2)
+    if alone and mult == 1 and HAS_KERNEL and x.is_cuda:
+        return _SwiGLU.apply(x)
+    return plain_swiglu(x, GLU_INTERLEAVE, mult)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:

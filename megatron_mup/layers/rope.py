@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+
+from megatron_mup.kernels.rotary import HAS_KERNEL, rotary_backward
 
 # Llama 3.1's own numbers; Megatron-LM has them fixed too.
 ORIGINAL_CONTEXT, LOW_FREQUENCY_FACTOR, HIGH_FREQUENCY_FACTOR = 8192, 1.0, 4.0
@@ -60,3 +63,35 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second = turned.chunk(2, -1)
     turned = (turned * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, fused: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, sin)
+        query, key, value = parts(fused)
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    @staticmethod
+    def backward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        return rotary_backward(query, key, value, *ctx.saved_tensors), None, None
+
+
+def parts(fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of ``[seq, batch, groups, heads per group + 2, head_dim]``, apart."""
+    query, key, value = fused.split([fused.shape[3] - 2, 1, 1], 3)
+    return query, key, value
+
+
+def rotated_parts(
+    fused: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`parts`, queries and keys rotated; compiled for a GPU their gradients meet in one kernel."""
+    if HAS_KERNEL and fused.is_cuda and torch.compiler.is_compiling():
+        return _Parts.apply(fused, cos, sin)
+    query, key, value = parts(fused)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_mup.kernels import te_mlp
 from megatron_mup.kernels.te import GroupedProduct, Padding, Product
 from megatron_mup.layers.linear import ColumnLinear, ParallelLinear, RowLinear
+from megatron_mup.layers.mlp import GLU_INTERLEAVE, MLP
 from megatron_mup.layers.moe import Experts, GroupedLinear
+from megatron_mup.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 
 
 class TELinear(ParallelLinear):
@@ -53,6 +56,25 @@ class TERowLinear(TELinear, RowLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[seq, batch, in / tp]`` to ``[seq (/ tp), batch, out]``."""
         return RowLinear.forward(self, x)
+
+
+class TEMLP(MLP):
+    """`MLP` of Transformer Engine's layers, without biases and factors, whose SwiGLU writes FP8 under ``delayed``."""
+
+    linear_fc1: TEColumnLinear
+    linear_fc2: TERowLinear
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See `MLP.forward`."""
+        first, second = self.linear_fc1, self.linear_fc2
+        # A hook on a layer sees what it puts out only where it is called.
+        if not te_mlp.takes(x) or first._forward_hooks or second._forward_hooks:
+            return super().forward(x)
+        x = enter_tensor_parallel(x, first.axis, first.sequence_parallel)
+        products, weights = (first.product, second.product), (first.weight, second.weight)
+        y = te_mlp.swiglu_mlp(x, products, weights, GLU_INTERLEAVE)
+        return leave_tensor_parallel(y, second.axis, second.sequence_parallel)
 
 
 class TEExperts(Experts):

@@ -11,7 +11,7 @@ from megatron_mup.config.schedules import stages_of_rank
 from megatron_mup.layers.moe import MoE
 from megatron_mup.models.chunks import Chunks, Model
 from megatron_mup.models.gpt import GPT, Stage
-from megatron_mup.parallel.data_parallel import parameter_dtype, shard_over_data
+from megatron_mup.parallel.data_parallel import parameter_dtype, shard_over_data, use_copy_engines
 from megatron_mup.parallel.mesh import Mesh
 
 
@@ -38,6 +38,7 @@ def build_stage(config: Config, vocab_size: int, mesh: Mesh, number: int) -> GPT
     shard_over_data(model, layers, model.experts(), config, mesh)
     if config.parallel.distributed_engine == "native":  # DeepSpeed's gives memory by itself
         model.to_empty(device=mesh.device)
+        use_copy_engines(model, layers, model.experts(), config, mesh)
     for router in model.routers().values():
         router.reset()
     if config.training.torch_compile:

@@ -236,8 +236,8 @@ class GPT(nn.Module):
         """Output layer and loss sums ``[1, 2]``; a method of its own so that it can be compiled."""
         if self.config.training.cross_entropy_fusion_impl == "linear" and not self.watched:
             return self._fused_head_and_loss(x, shared, labels)
-        logits = scale(self.output_layer(x, shared), self.logits_multiplier, self.logits_gradient)
-        loss, normalizer = vocab_parallel_cross_entropy(logits, labels.t(), self.first_row, self.axis)
+        logits, factors = self.output_layer(x, shared), (self.logits_multiplier, self.logits_gradient)
+        loss, normalizer = vocab_parallel_cross_entropy(logits, labels.t(), self.first_row, self.axis, *factors)
         total = loss.sum()
         objective = total
         if self.config.training.cross_entropy_z_loss:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from megatron_mup.kernels.shards import Piece
 from megatron_mup.optim.exchange import Parcel
 from megatron_mup.parametrization.meta import Block
@@ -127,21 +125,29 @@ def cut_runs(runs: Iterable[Run], parcel: Parcel) -> Iterator[Run]:
             yield replace(r, row=r.row + start - r.start, start=start, count=stop - start)
 
 
-def windows(
-    batches: Sequence[torch.Tensor], runs: Mapping[str, Sequence[Run]], parcels: Iterable[Parcel], buffer: torch.Tensor
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Views of the same numbers, piece by piece: in batches and in parcels.
+def arriving_pieces(
+    number: int, columns: int, runs: Mapping[str, Sequence[Run]], parcels: Iterable[Parcel]
+) -> list[Piece]:
+    """The way from parcels in a flat buffer to a batch: rows, or where shards are cut by columns parts of rows.
 
     Args:
-        batches: ``[rows, columns]``.
-        runs: of each tensor.
+        number: of the batch.
+        columns: of its matrices.
+        runs: of each tensor, in any batch.
         parcels: parts of these tensors.
-        buffer: the flat one that the parcels are in.
     """
-    whole, parts = [], []
+    pieces = []
     for parcel in parcels:
-        (first, left), width, part = parcel.offsets, parcel.shape[1], parcel.of(buffer)
-        for r in cut_runs(runs[parcel.name], parcel):
-            whole.append(batches[r.batch][r.row : r.row + r.count, left : left + width])
-            parts.append(part[r.start - first : r.start - first + r.count])
-    return whole, parts
+        (first, left), width = parcel.offsets, parcel.shape[1]
+        for r in cut_runs((run for run in runs[parcel.name] if run.batch == number), parcel):
+            start, place = parcel.place + (r.start - first) * width, r.row * columns + left
+            if width == columns:
+                pieces.append(Piece(0, start, place, r.count * width, r.matrix))
+            else:
+                pieces += [Piece(0, start + i * width, place + i * columns, width, r.matrix) for i in range(r.count)]
+    return pieces
+
+
+def turned(pieces: Iterable[Piece]) -> list[Piece]:
+    """The way back."""
+    return [replace(piece, start=piece.place, place=piece.start) for piece in pieces]

@@ -8,6 +8,7 @@ import torch
 
 from megatron_mup.config import Config, OptimizerConfig
 from megatron_mup.optim.adamw import AdamW, AdamWSettings
+from megatron_mup.optim.compressed_dion import CompressedDion
 from megatron_mup.optim.dion import Dion, DionSettings
 from megatron_mup.optim.exchange import MatrixRanks
 from megatron_mup.optim.gram_muon import GramMuon
@@ -24,6 +25,7 @@ from megatron_mup.optim.scalar import (
 )
 from megatron_mup.optim.scion import ScionTables, ScionTableSettings, hidden_settings
 from megatron_mup.optim.sphere import MuonSphere, SpectralSphere, SphereSettings
+from megatron_mup.parallel.data_parallel import DTYPES, keeps_replicas_apart
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.horizon import adam_betas
 from megatron_mup.parametrization.table import Scaling
@@ -92,8 +94,10 @@ def build_matrix(
         return (SpectralSphere if name == "spectral_sphere" else MuonSphere)(params, settings, mesh)
     shared |= {"scale_mode": flags.muon_scale_mode, "extra_scale_factor": flags.muon_extra_scale_factor}
     if name == "dion":
-        fraction, seed = flags.dion_rank_fraction, config.training.seed
-        return Dion(params, DionSettings(rank_fraction=fraction, seed=seed, **shared), mesh)
+        dion = DionSettings(rank_fraction=flags.dion_rank_fraction, seed=config.training.seed, **shared)
+        if isinstance(mesh, Mesh) and keeps_replicas_apart(config, mesh):
+            return CompressedDion(params, dion, mesh, 2 if config.parallel.grad_reduce_in_bf16 else 4)
+        return Dion(params, dion, mesh)
     if name == "normuon":
         return NorMuon(params, NorMuonSettings(beta2=flags.normuon_beta2, **shared), mesh)
     muon = MuonSettings(**shared)
@@ -122,7 +126,8 @@ def build_scalar(name: str, params: Numbered, config: Config, mesh: Mesh) -> Ada
                     warmup=_iterations(config, mesh) if warmup is None else warmup,
                 ),
             )
-    return AdamW(params, AdamWSettings(betas=betas, impl=flags.adam_impl))
+    first, second = (None if name is None else DTYPES[name] for name in (flags.exp_avg_dtype, flags.exp_avg_sq_dtype))
+    return AdamW(params, AdamWSettings(betas=betas, impl=flags.adam_impl, dtypes=(first, second)))
 
 
 def build_tables(params: Numbered, config: Config) -> ScionTables:

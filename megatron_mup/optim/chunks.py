@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mup.kernels.shards import Pieces
-from megatron_mup.optim.batches import Batch, Run
+from megatron_mup.optim.batches import Batch
 from megatron_mup.optim.exchange import Load
 
 
@@ -20,7 +20,8 @@ class Chunk:
         matrices: numbers of its logical matrices.
         batches: of those whose home is here.
         packing: by batch, where its rows are in whole tensors.
-        runs: the same by name of a tensor, whose home is here.
+        unpacking: by batch, where they are in what arrives.
+        repacking: by batch, where they go in what is sent back.
         homeward, back: what is sent and received on either way.
         shards, results: pieces of shards where they are sent, and where what comes back is received.
     """
@@ -28,7 +29,8 @@ class Chunk:
     matrices: slice
     batches: list[Batch]
     packing: list[Pieces]
-    runs: dict[str, list[Run]]
+    unpacking: list[Pieces]
+    repacking: list[Pieces]
     homeward: tuple[Load, Load]
     back: tuple[Load, Load]
     shards: Pieces

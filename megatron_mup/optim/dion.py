@@ -222,16 +222,20 @@ class Dion(Muon[DionSettings]):
             cost += count * (4.0 * m * n * r + sketched * r * (m + 4 * r) + 3.0 * m * r * r)
         return cost
 
+    def over_replicas(self, factor: torch.Tensor) -> torch.Tensor:
+        """Sum of a factor that is linear in the momentum, where replicas hold parts of it; here it is whole."""
+        return factor
+
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``P V^T``; feeds the error back and advances the basis."""
         momentum, basis, dtype = whole.update, whole.kept["dion_basis"], self.settings.ns_dtype
         tall = momentum.shape[-2] >= momentum.shape[-1]
         with full_fp32_products():
             work = momentum if tall else momentum.mT
-            left = orthonormal_columns(work @ basis.to(dtype)).to(dtype)
+            left = orthonormal_columns(self.over_replicas(work @ basis.to(dtype))).to(dtype)
             right = work.mT @ left
             whole.feed_back(left @ right.mT if tall else right @ left.mT, self.settings.momentum - 1)
-            right = right.float()
+            right = self.over_replicas(right).float()
             length = torch.linalg.vector_norm(right, dim=-2, keepdim=True)
             unit = right / length.maximum(FAINT * length.amax(-1, keepdim=True)).clamp(min=_TINY)
             # A direction that found nothing keeps looking.

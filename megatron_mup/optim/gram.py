@@ -43,6 +43,8 @@ _SCALE_R = 2.0**13
 _SCALE_P = 2.0**10
 _LARGEST_Q = 2.0**15
 
+_ROOM = 128  # columns; a correction of 42 fp32 factors, where those of `tangent` are 18 or 23
+
 
 def block_lengths(name: str, steps: int, square: bool = False) -> tuple[int, ...]:
     """How many steps each block has.
@@ -89,34 +91,42 @@ def gram_newton_schulz(
     if x.shape[-2] == x.shape[-1]:
         # Can be read either way; but who takes part has its own idea of it.
         tall = watch is None and correction is None
-    # Between blocks matrices stand, whatever they do at the ends: the kernel is faster on columns. Not if rows are put
-    # below them in the end, which is a fast copy.
-    lie = not tall and correction is not None
+    # Between blocks matrices stand, whatever they do at the ends: the kernel is faster on columns.
     work = x if tall else x.mT
     if norm is None:
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
     factor, later = norm.clamp(min=eps).reciprocal(), torch.ones_like(norm)
-    steps = iter(schedule)
+    steps, memory = iter(schedule), None
     for number, length in enumerate(lengths):
-        form: Form = "rows" if lie or (not tall and number == 0) else "columns"
+        form: Form = "rows" if not tall and number == 0 else "columns"
         source = work.mT if form == "rows" else work
         r = symmetric_product(source, source, form, alpha=_SCALE_R, scale=factor.square(), dtype=torch.float16)
         if watch is not None:
             watch(work.mT, r)
         q = _block_product(r, [next(steps) for _ in range(length)], factor)
         if number < len(lengths) - 1:
-            work, factor = torch.bmm(q, work.mT).mT if lie else torch.bmm(work, q), later
+            room = _ROOM if correction is not None and number == len(lengths) - 2 else 0
+            memory = q.new_empty(len(q), work.shape[1], len(q[0]) + room)
+            work, factor = torch.bmm(work, q, out=memory[..., : len(q[0])]), later
     if correction is not None:
-        return _corrected(work, q, correction, tall)
+        return _corrected(work, q, correction, tall, memory)
     return torch.bmm(work, q) if tall else torch.bmm(q, work.mT)
 
 
-def _corrected(work: torch.Tensor, q: torch.Tensor, correction: Correction, tall: bool) -> torch.Tensor:
-    """``X Q``, transposed unless tall, and what is added to it, in one product."""
+def _corrected(
+    work: torch.Tensor, q: torch.Tensor, correction: Correction, tall: bool, memory: torch.Tensor | None
+) -> torch.Tensor:
+    """``X Q``, transposed unless tall, and what is added to it, in one product. X may lie in memory with room."""
     left, right = split_factors(*correction(lambda v: image(q, image(work.mT, v))), q.dtype, 64)
+    begin, end = q.shape[-1], q.shape[-1] + right.shape[-2]
+    if memory is None or memory.shape[-1] < end:
+        joined = torch.cat([work, right.mT], -1)
+    else:
+        memory[..., begin:end].copy_(right.mT)
+        joined = memory[..., :end]
     if tall:
-        return torch.bmm(torch.cat([work, right.mT], -1), torch.cat([q, left.mT], -2))
-    return torch.bmm(torch.cat([q, left], -1), torch.cat([work.mT, right], -2))
+        return torch.bmm(joined, torch.cat([q, left.mT], -2))
+    return torch.bmm(torch.cat([q, left], -1), joined.mT)
 
 
 def _block_product(r: torch.Tensor, steps: list[tuple[float, float, float]], factor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -127,9 +127,9 @@ class GramMuon(Muon[MuonSettings]):
         return [torch.tensor(own, dtype=torch.int64, device=param.value.device) for own in rows]
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices."""
-        self._others.step(factor)
+    def step(self, factor: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """See `MatrixOptimizer.step`. Collective over the ranks that share matrices."""
+        self._others.step(factor, meanwhile)
         params = [param for param, _ in self._params.values()]
         self._grads.set_copies(gradients(params))
         self._values.set([param.value for param in params])

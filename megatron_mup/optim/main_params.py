@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megatron_mup.config import Config
-from megatron_mup.parallel.data_parallel import main_dtype
+from megatron_mup.parallel.data_parallel import is_left_apart, keeps_replicas_apart, main_dtype
 from megatron_mup.parallel.layout import Layout
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.init import initial_values
@@ -33,7 +33,9 @@ class MainParam:
             factor that all gradients share may be missing: the optimizer is told (`Optimizer.step`). Of a single
             micro-batch it may have the module's precision instead of ``value``'s.
         copy: what the module computes with, where that is another tensor.
+        square: sum of squares of ``grad``, 0-d fp32, where an optimizer found it on its way (`Optimizer.step`).
         published: whether ``copy`` already has the updated values; an optimizer that writes both at once says so.
+        is_apart: whether ``grad`` is of this replica's tokens alone: the optimizer does without the sum over replicas.
     """
 
     meta: ParamMeta
@@ -41,7 +43,9 @@ class MainParam:
     value: torch.Tensor
     grad: torch.Tensor | None = None
     copy: torch.Tensor | None = None
+    square: torch.Tensor | None = None
     published: bool = False
+    is_apart: bool = False
 
     def widen_grad(self) -> torch.Tensor | None:
         """The gradient, from now on in the precision of ``value``: before arithmetic on it."""
@@ -88,6 +92,8 @@ class MainParams:
         self.params: list[MainParam] = []
         self.copied: list[tuple[MainParam, nn.Parameter]] = []
         self._sums: dict[str, torch.Tensor] = {}
+        self._sum_axes = {name: meta.grad_sum_axes for name, meta in metas.items()}
+        apart = keeps_replicas_apart(config, mesh)
         for name, param in self.modules_params.items():
             local = local_part(param.detach())
             layout = Layout.of(metas[name], mesh)
@@ -95,6 +101,10 @@ class MainParams:
                 raise RuntimeError(f"{name}: this rank holds {tuple(local.shape)}, not {layout.local_shape}")
             value = local if local.dtype == dtype else torch.empty_like(local, dtype=dtype)
             self.params.append(MainParam(metas[name], layout, value))
+            if apart and is_left_apart(param):
+                self.params[-1].is_apart = scaling(metas[name], config).optimizer == "dion"
+                if not self.params[-1].is_apart:
+                    self._sum_axes[name] = (*self._sum_axes[name], "dp_replicate")
             if value is not local:
                 self.params[-1].copy = local
                 self.copied.append((self.params[-1], param))
@@ -121,7 +131,9 @@ class MainParams:
                 _accumulate(self._sums, main.meta.name, param)
 
     def collect_grads(self) -> None:
-        """Gives every `MainParam` its final gradient, summed over the axes that its facts name."""
+        """Gives every `MainParam` its final gradient, summed over the axes that its facts name, and over replicas where
+        FSDP2 has left that and the optimizer wants it.
+        """
         unsummed: dict[str, list[torch.Tensor]] = defaultdict(list)
         for main in self.params:
             grad = self._sums.pop(main.meta.name, None)
@@ -131,7 +143,7 @@ class MainParams:
                     raise RuntimeError(f"{main.meta.name} took no part in the loss: it has no gradient")
                 grad = local_part(module_grad)
             main.grad = grad
-            for axis in main.meta.grad_sum_axes:
+            for axis in self._sum_axes[main.meta.name]:
                 wide = main.widen_grad()
                 assert wide is not None
                 unsummed[axis].append(wide)
@@ -147,7 +159,7 @@ class MainParams:
         """Drops all gradients."""
         self._sums.clear()
         for main in self.params:
-            main.grad = None
+            main.grad = main.square = None
         for param in self.modules_params.values():
             param.grad = None
 

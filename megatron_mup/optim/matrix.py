@@ -13,19 +13,20 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from megatron_mup.kernels.shards import Momentum, Piece, Pieces, Shards, advance, apply, can_replay, is_unaligned
+from megatron_mup.kernels.shards import Momentum, Piece, Pieces, Shards, advance, apply, can_replay, is_unaligned, move
 from megatron_mup.optim.batches import (
     Batch,
     Run,
+    arriving_pieces,
     make_batches,
     pieces_of_parcel,
     pieces_of_runs,
     runs_of_block,
-    windows,
+    turned,
 )
 from megatron_mup.optim.chunks import Buffers, Chunk
 from megatron_mup.optim.clip import gradients
-from megatron_mup.optim.exchange import Exchange, MatrixRanks, Parcel
+from megatron_mup.optim.exchange import Exchange, MatrixRanks
 from megatron_mup.optim.experts import ExpertPart, ExpertRanks
 from megatron_mup.optim.graphs import Replays
 from megatron_mup.optim.main_params import MainParam
@@ -340,7 +341,15 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         ]
         shards, results = (pieces if exchange.ranks > 1 else [] for pieces in (shards, results))
         ends = self._as_pieces(shards), self._as_pieces(results)
-        return Chunk(matrices, batches, packing, runs, homeward, back, *ends)
+        ways = [
+            [
+                Pieces(turn(arriving_pieces(i, batch.shape[1], runs, load.parcels)), exchange.device)
+                for i, batch in enumerate(batches)
+                if exchange.ranks > 1
+            ]
+            for turn, load in ((list, homeward[1]), (turned, back[0]))
+        ]
+        return Chunk(matrices, batches, packing, *ways, homeward, back, *ends)
 
     def _as_pieces(self, pieces: Sequence[Piece]) -> Pieces:
         """Pieces of these parameters."""
@@ -362,16 +371,22 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         return runs_of_block(self._blocks[name][place], rows, range(first + own.start, first + own.stop))
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices."""
+    def step(self, factor: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices.
+
+        Args:
+            factor: of the rates.
+            meanwhile: work on other tensors, to be launched while the first matrices travel.
+        """
         params = [param for param, _ in self._params.values()]
         self._grads.set_copies(gradients(params))
         self._values.set([param.value for param in params])
         self._factor.fill_(factor)
         if self._exchange.ranks == 1:
             self._replays(("step", self._grads.dtype), self._alone)
+            meanwhile()
         else:
-            self._together()
+            self._together(meanwhile)
         self._grads.forget()
 
     def _alone(self) -> None:
@@ -382,20 +397,23 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
                 result = self._at_home(batch, pieces, *self._pack_whole(batch, pieces))
                 apply(self._values, result.view(-1), chunk.packing[number], *self._factors())
 
-    def _together(self) -> None:
+    def _together(self, meanwhile: Callable[[], None]) -> None:
         """A step with others.
 
         The exchange of the next chunk and of the last one's results runs beside the arithmetic of this one.
         """
         if not self._chunks:
+            meanwhile()
             return
         dtype = self._grads.dtype
-        arriving = self._send(0)
+        following = self._send(0)
+        meanwhile()
         returning: Callable[[], None] | None = None
         for number, chunk in enumerate(self._chunks):
-            arriving()
+            arriving = following
             if number + 1 < len(self._chunks):
-                arriving = self._send(number + 1)
+                following = self._send(number + 1)
+            arriving()
             buffers = self._buffers[number % 2]
             self._replays(("home", number, dtype), partial(self._home, chunk, buffers))
             back = self._exchange.start(chunk.back, buffers.results, buffers.returned)
@@ -433,34 +451,31 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         """The arithmetic of a chunk's matrices whose home is here, from what arrived to what goes back."""
         if self.numbers:
             self._numbers[chunk.matrices].zero_()
-        cut = self._exchange.is_cut
-        parcels = chunk.homeward[1].parcels
-        results = []
-        arrived = self._unpack(chunk, buffers.arrived, parcels) if cut else []
-        weights = self._unpack(chunk, buffers.arrived_weights, parcels) if cut and self.weight_travels else []
         for number, batch in enumerate(chunk.batches):
             pieces = chunk.packing[number]
-            norms: Norms = (None, None)
-            if cut:
-                update, weight = arrived[number], weights[number] if weights else None
+            if self._exchange.is_cut:
+                update, weight, norms = self._unpack(chunk, number, buffers)
                 if self.home_momentum:
                     self._change_momenta(pieces, update, 1.0)
                     assert self._momenta is not None
                     advance(self._momenta, None, update.view(-1), pieces, self._style)
+                    norms = (None, None)
             else:
                 update, weight, norms = self._pack_whole(batch, pieces)
-            results.append(self._at_home(batch, pieces, update, weight, norms).view(-1, batch.shape[1]))
-        whole, parts = windows(results, chunk.runs, chunk.back[0].parcels, buffers.results)
-        if parts:
-            torch._foreach_copy_(parts, whole)
+            result = self._at_home(batch, pieces, update, weight, norms)
+            move(result.view(-1), buffers.results, chunk.repacking[number])
 
-    def _unpack(self, chunk: Chunk, buffer: torch.Tensor, parcels: Sequence[Parcel]) -> list[torch.Tensor]:
-        """Whole matrices, batch by batch, from the shards that arrived."""
-        flat = [buffer.new_empty(batch.numel // batch.shape[1], batch.shape[1]) for batch in chunk.batches]
-        whole, parts = windows(flat, chunk.runs, parcels, buffer)
-        if parts:
-            torch._foreach_copy_(whole, parts)
-        return [rows.view(-1, *batch.shape) for rows, batch in zip(flat, chunk.batches, strict=True)]
+    def _unpack(self, chunk: Chunk, number: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor | None, Norms]:
+        """Whole matrices of a batch from the shards that arrived, as :meth:`_pack_whole` gives them."""
+        batch, pieces = chunk.batches[number], chunk.unpacking[number]
+        update = torch.empty(batch.numel, dtype=buffers.arrived.dtype, device=buffers.arrived.device)
+        norm = move(buffers.arrived, update, pieces, batch.matrices)
+        weight, weight_norm = None, None
+        if self.weight_travels:
+            weight = torch.empty(batch.numel, dtype=buffers.arrived_weights.dtype, device=update.device)
+            weight_norm = move(buffers.arrived_weights, weight, pieces, batch.matrices)
+            weight = weight.view(-1, *batch.shape)
+        return update.view(-1, *batch.shape), weight, (norm, weight_norm)
 
     def _finish(self, number: int, back: Callable[[], None], told: Callable[[], None]) -> None:
         """Waits for a chunk's results and updates the shards."""
@@ -546,6 +561,9 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
             pieces[f"{key}/{place}"] = (part.saved(piece, begin + part.first_expert * each, length), piece)
             begin += each * every
         return pieces
+
+    def gather_state(self) -> None:
+        """Brings parts of the state that replicas keep for themselves together, where there are such. Collective."""
 
     def state_tensors(self) -> dict[str, tuple[MainParam, torch.Tensor]]:
         """Live tensors, as ``momentum/<name>`` and ``<kind>/<name>``, each with the place it has in a global tensor.

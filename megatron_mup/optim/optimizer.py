@@ -9,8 +9,10 @@ from functools import partial
 import torch
 
 from megatron_mup.config import Config
+from megatron_mup.optim.adamw import AdamW
 from megatron_mup.optim.build import MATRIX_OPTIMIZERS, SCALAR_OPTIMIZERS, build_matrix, build_scalar, build_tables
 from megatron_mup.optim.clip import gradients, scale_grads
+from megatron_mup.optim.compressed_dion import CompressedDion
 from megatron_mup.optim.experts import ExpertRanks
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.planner import Plan, describe
@@ -106,6 +108,8 @@ class Optimizer:
         self._later = None if phase is config else config
         if phase != self._phase:
             self._build(phase)
+        else:
+            self.gather_state()
 
     def advance(self, iteration: int) -> bool:
         """Changes optimizers if ``--optimizer-switch-at`` is reached. Collective over the ranks that share matrices.
@@ -146,7 +150,8 @@ class Optimizer:
             raise ValueError(f"parameters given to the optimizer twice: {', '.join(twice)}")
         flags = config.optimizer
         matrix = flags.optimizer if flags.optimizer in MATRIX_OPTIMIZERS else "muon"
-        scalar = "adam" if flags.optimizer == "adam" else flags.scalar_optimizer
+        self._all_by_adamw = flags.optimizer == "adam"
+        scalar = "adam" if self._all_by_adamw else flags.scalar_optimizer
         dense = [numbered for numbered in claimed[matrix] if numbered[0].meta.experts is None]
         experts = [numbered for numbered in claimed[matrix] if numbered[0].meta.experts is not None]
         self._matrix = build_matrix(matrix, dense, config, mesh, mesh.device)
@@ -189,17 +194,26 @@ class Optimizer:
         """Which rank orthonormalizes which matrix of this stage, as a table (``--print-optimizer-plan``)."""
         size = self._matrix.settings.ns_dtype.itemsize
         dense = describe(self._matrix.plan, size)
+        if isinstance(self._matrix, CompressedDion):
+            dense = f"{dense}\n{self._matrix.describe_sync()}"
         if self._experts is None:
             return dense
         return f"{dense}\nexperts, over the ranks that hold the same ones:\n{describe(self._experts.plan, size)}"
 
-    def step(self, factor: float, scale: torch.Tensor | None = None) -> None:
+    @property
+    def measures(self) -> bool:
+        """Whether a step finds the squares of all gradients on its way; the same on all ranks."""
+        return self._all_by_adamw and isinstance(self._scalar, AdamW) and self._scalar.measures
+
+    def step(self, factor: float, scale: torch.Tensor | None = None, measure: bool = False) -> None:
         """One step at ``factor`` times the peak learning rates. Collective over the ranks that share matrices.
 
         Args:
             factor: of the rates.
             scale: 0-d fp32, a factor on all gradients; None is 1. AdamW's kernel multiplies as it reads; for the others
                 gradients are multiplied in place.
+            measure: whether to leave the sum of squares of each gradient, without the factor, in its parameter, for
+                `clip.global_grad_norm`; only if it `measures`.
 
         Raises:
             RuntimeError: a parameter that has no gradient; nothing has been updated then.
@@ -207,11 +221,22 @@ class Optimizer:
         gradients(self._params)
         if scale is not None:
             scale_grads(self._for_others, scale)
-        self._matrix.step(factor)
+        self._matrix.step(factor, meanwhile=lambda: self._step_others(factor, scale, measure))
         if self._experts is not None:
             self._experts.step(factor)
+
+    def _step_others(self, factor: float, scale: torch.Tensor | None, measure: bool) -> None:
+        """The step of what is no hidden matrix."""
         self._tables.step(factor)
-        self._scalar.step(factor, scale)
+        if measure:
+            assert isinstance(self._scalar, AdamW)
+            self._scalar.step(factor, scale, measure)
+        else:
+            self._scalar.step(factor, scale)
+
+    def gather_state(self) -> None:
+        """Before state is saved or loaded: brings parts of it that replicas keep apart together. Collective."""
+        self._matrix.gather_state()
 
     def state_tensors(self) -> dict[str, tuple[MainParam, torch.Tensor]]:
         """State of every parameter by ``<kind>/<parameter>``: ``exp_avg``, ``momentum`` and so on.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from megatron_mup.config import Config
+from megatron_mup.parallel import copy_engine
 from megatron_mup.parallel.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,13 +38,25 @@ def uses_fsdp(config: Config, mesh: Mesh) -> bool:
     return mesh.sharding_size > 1 and config.parallel.distributed_engine == "native"
 
 
+def keeps_replicas_apart(config: Config, mesh: Mesh) -> bool:
+    """Whether gradients of layers are left unsummed over replicas (``--dion-compressed-sync``)."""
+    flags = config.optimizer
+    return flags.optimizer == "dion" and flags.dion_compressed_sync and mesh.size("dp_replicate") > 1
+
+
+def is_left_apart(param: torch.Tensor) -> bool:
+    """Whether FSDP2 leaves a parameter's gradient unsummed over replicas, in a run that keeps them apart."""
+    return isinstance(param, DTensor) and param.device_mesh.mesh_dim_names == ("dp_shard",)
+
+
 def shard_over_data(
     model: nn.Module, layers: list[nn.Module], experts: list[nn.Module], config: Config, mesh: Mesh
 ) -> None:
     """Applies FSDP2 to each layer and to the rest of a model; does nothing on a rank without data-parallel peers.
 
     The experts of a layer are a unit of their own, over the ranks that hold the same ones. Gradients are summed, not
-    averaged: the loss is already divided by the global number of tokens.
+    averaged: the loss is already divided by the global number of tokens. Where replicas are kept apart, a layer is a
+    unit of one replica.
 
     Args:
         model: a pipeline stage, on the meta device.
@@ -67,14 +81,70 @@ def shard_over_data(
         expert_axis = mesh.experts["edp_replicate", "edp_shard"] if copies else mesh.experts["edp_shard"]
         for unit in experts:
             fully_shard(unit, mesh=expert_axis, mp_policy=policy, reshard_after_forward=reshard)
+    layer_axis = mesh.world["dp_shard"] if keeps_replicas_apart(config, mesh) else axis
     for layer in layers:
-        fully_shard(layer, mesh=axis, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(layer, mesh=layer_axis, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=axis, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gloo has no pre-multiplied sum, which a factor other than the mean would otherwise ask for.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def use_copy_engines(
+    model: nn.Module, layers: list[nn.Module], experts: list[nn.Module], config: Config, mesh: Mesh
+) -> None:
+    """Has copy engines move FSDP2's messages where they can (`parallel.copy_engine`). Collective.
+
+    Args:
+        model: what `shard_over_data` sharded, with memory.
+        layers, experts: as there.
+        config: transport, precisions, micro-batches.
+        mesh: the run's mesh.
+    """
+    if config.parallel.fsdp_transport == "collective" or not uses_fsdp(config, mesh):
+        return
+    _use_copy_engines([layers, [model]], "dp", config, mesh)
+    if mesh.experts is not None:
+        _use_copy_engines([experts], "edp", config, mesh)
+
+
+def _use_copy_engines(kinds: list[list[nn.Module]], axis: str, config: Config, mesh: Mesh) -> None:
+    """The same for units that share axes. Units of a kind are used one after the other."""
+    group = mesh.group(f"{axis}_shard")
+    if not copy_engine.within_reach(group, mesh.device):
+        return
+    parallel, training = config.parallel, config.training
+
+    def make(nbytes: int) -> copy_engine.SharedBuffer:
+        return copy_engine.SymmetricBuffer(nbytes, group, mesh.device, parallel.distributed_timeout_minutes * 60)
+
+    # Gradients of one micro-batch lose nothing if they travel as autograd gave them; sums of several are in fp32.
+    single = config.global_batch_size(mesh.world.size()) == training.micro_batch_size * mesh.dp_size
+    reduce = copy_engine.CopyReduceScatter(
+        copy_engine.Buffers(make),
+        group,
+        wire=compute_dtype(config) if single and not parallel.grad_reduce_in_bf16 else None,
+        result=main_dtype(config) if mesh.size(f"{axis}_replicate") == 1 else None,
+    )
+    for units in kinds:
+        together = len(units) if parallel.sharding == "optim_grads" else _whole_at_once(config)
+        places = copy_engine.Places(make, together)
+        for unit in units:
+            assert isinstance(unit, FSDPModule)
+            unit.set_custom_reduce_scatter(reduce)
+            parameters = copy_engine.own_parameters(unit)
+            # FSDP2 gathers uneven shards itself: their padding doesn't go with what follows.
+            if parameters and all(parameter.shape[0] % group.size() == 0 for parameter in parameters.values()):
+                gather = copy_engine.CopyAllGather(unit, parameters, places, group, compute_dtype(config))
+                unit.set_custom_all_gather(gather)
+
+
+def _whole_at_once(config: Config) -> int:
+    """Units of a kind that have whole parameters at once: one and the next, and all that are recomputed together."""
+    chunk = config.training.recompute == "full" and config.training.recompute_method == "uniform"
+    return 1 + (config.training.recompute_num_layers if chunk else 1)
 
 
 def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:

@@ -67,10 +67,11 @@ class Mesh:
         world = DeviceMesh(device.type, grid, mesh_dim_names=AXES)
         joint = {"loss": dist.new_subgroups_by_enumeration(_rows(grid, ("pp", "dp_replicate", "dp_shard")))[0]}
         joint["matrix"] = dist.new_subgroups_by_enumeration(_rows(grid, ("tp", "dp_replicate", "dp_shard")))[0]
-        mode = config.optimizer.muon_distributed_mode
-        if mode != "owner":
-            axes = ("dp_replicate", "dp_shard") if mode == "local" else ("tp", "dp_shard")
-            joint[mode] = dist.new_subgroups_by_enumeration(_rows(grid, axes))[0]
+        flags = config.optimizer
+        if flags.muon_distributed_mode == "local":
+            joint["local"] = dist.new_subgroups_by_enumeration(_rows(grid, ("dp_replicate", "dp_shard")))[0]
+        if flags.muon_distributed_mode == "gram" or flags.dion_compressed_sync:
+            joint["replica"] = dist.new_subgroups_by_enumeration(_rows(grid, ("tp", "dp_shard")))[0]
         context = parallel.context_parallel_size
         if context > 1:
             sharing = torch.tensor(_rows(grid, ("dp_replicate", "dp_shard"))).view(-1, context)
@@ -124,8 +125,15 @@ class Mesh:
 
     def matrix_places(self) -> list[tuple[int, int, int]]:
         """Tensor, replica and shard coordinate of each rank of `matrix_group`, in the group's order."""
+        return self._places(self.matrix_group)
+
+    def replica_places(self) -> list[tuple[int, int, int]]:
+        """The same of `replica_group`."""
+        return self._places(self.replica_group)
+
+    def _places(self, group: dist.ProcessGroup) -> list[tuple[int, int, int]]:
         places = []
-        for rank in dist.get_process_group_ranks(self.matrix_group):
+        for rank in dist.get_process_group_ranks(group):
             _, tp, replicate, shard = (self.world.mesh == rank).nonzero()[0].tolist()
             places.append((tp, replicate, shard))
         return places
@@ -142,8 +150,9 @@ class Mesh:
 
     @property
     def replica_group(self) -> dist.ProcessGroup:
-        """The ranks that share one copy of this stage's matrices; there under ``--muon-distributed-mode gram``."""
-        return self._joint["gram"]
+        """The ranks that share one copy of this stage's matrices; there under ``--muon-distributed-mode gram`` and
+        ``--dion-compressed-sync``."""
+        return self._joint["replica"]
 
     @property
     def expert_group(self) -> dist.ProcessGroup:

@@ -236,6 +236,18 @@ FORM_B: Mapping[Kind, Row] = MappingProxyType(
     }
 )
 
+# The router's row by ``--mup-router-rule``; none for ``output``, which is the row above.
+ROUTERS: Mapping[str, Row] = MappingProxyType(
+    {
+        "hidden": replace(
+            FORM_B[Kind.ROUTER],
+            source="Megatron-LM --use-mup, whose eps/m_N the gradients don't follow",
+            init=_inverse_root_matrix,
+        ),
+        "zero": replace(FORM_B[Kind.ROUTER], source="MSSP 2605.14200, sparse regime I", init=lambda r: 0.0),
+    }
+)
+
 # Form A: nothing on the logits, hence a head that is stored m_N times smaller. Form C: what the forms have in common is
 # shared out evenly between weight and factor.
 FORM_A: Mapping[Kind, Row] = MappingProxyType(

@@ -6,7 +6,7 @@ Pure functions of plain numbers. The rules themselves are rows in ``schemes.py``
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mup.config import Config, ConfigError
 from megatron_mup.parametrization.base import BaseSizes
@@ -14,6 +14,7 @@ from megatron_mup.parametrization.custom import custom_scheme
 from megatron_mup.parametrization.horizon import horizon_factors
 from megatron_mup.parametrization.meta import ParamMeta, Role
 from megatron_mup.parametrization.schemes import (
+    ROUTERS,
     SCHEMES,
     Attention,
     Kind,
@@ -77,7 +78,10 @@ def scheme_of(config: Config) -> Scheme:
     flags = config.parametrization
     if flags.parametrization == "custom":
         return custom_scheme(flags.custom_parametrization or "")
-    return SCHEMES[variant(flags)]
+    scheme, router = SCHEMES[variant(flags)], ROUTERS.get(flags.mup_router_rule)
+    if router is None or Kind.ROUTER not in scheme.rows:
+        return scheme
+    return replace(scheme, rows={**scheme.rows, Kind.ROUTER: router})
 
 
 def _row(kind: Kind, config: Config) -> Row:

@@ -28,6 +28,7 @@ class Cut:
         tokens: of a micro-batch, on each of the ranks that share its sequences.
         compute, main: precision of matrix products, and in which the optimizer keeps weights.
         keeps_gathered: whether gathered parameters stay from forward to backward.
+        homes: ranks of a stage over which matrices are dealt out to be orthonormalized: all, or those of a replica.
     """
 
     tp: int
@@ -48,6 +49,7 @@ class Cut:
     compute: torch.dtype
     main: torch.dtype
     keeps_gathered: bool
+    homes: int
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> Cut:
@@ -61,6 +63,7 @@ class Cut:
         expert_tensor = parallel.expert_tensor_parallel_size
         holders = ranks * tp // (experts * expert_tensor)
         copies = holders if ranks == replicate else replicate
+        apart = config.optimizer.optimizer == "dion" and config.optimizer.dion_compressed_sync
         return cls(
             tp=tp,
             pp=parallel.pipeline_model_parallel_size,
@@ -80,6 +83,7 @@ class Cut:
             compute=compute_dtype(config),
             main=main_dtype(config),
             keeps_gathered=parallel.sharding != "optim_grads_params",
+            homes=tp * ranks // (replicate if apart else 1),
         )
 
     @property

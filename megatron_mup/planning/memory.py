@@ -9,7 +9,7 @@ from megatron_mup.config import Config
 from megatron_mup.optim.matrix import BATCH_BYTES
 from megatron_mup.optim.planner import CHUNK_ELEMENTS, Plan, make_plan
 from megatron_mup.parallel.chunks import shard_bounds
-from megatron_mup.parametrization.meta import ParamMeta
+from megatron_mup.parametrization.meta import ParamMeta, Role
 from megatron_mup.parametrization.operations import scales_gradients
 from megatron_mup.planning.activations import (
     Kept,
@@ -113,7 +113,7 @@ def model_parallel_elements(meta: ParamMeta, cut: Cut) -> int:
 def stage_plan(inventory: Inventory, cut: Cut, stage: int) -> Plan:
     """Where each matrix of a stage is orthonormalized (`optim.planner`), those of experts left out."""
     matrices = _matrices(inventory, cut, stage).values()
-    return make_plan([meta for meta, _ in matrices], [h.cost or 0.0 for _, h in matrices], cut.tp * cut.dp)
+    return make_plan([meta for meta, _ in matrices], [h.cost or 0.0 for _, h in matrices], cut.homes)
 
 
 def place_of(cut: Cut, rank: int) -> Place:
@@ -152,7 +152,7 @@ def state_bytes(inventory: Inventory, cut: Cut, stage: int, rank: int, plan: Pla
         meta, holding = matrices[assignment.meta.name]
         if place_of(cut, assignment.home)[1] == place[1]:
             held += holding.on_shards * local_elements(meta, cut, rank)
-        if assignment.home == rank:
+        if assignment.home == rank % cut.homes:
             held += holding.at_home
     return held
 
@@ -176,7 +176,7 @@ def fullest_state(inventory: Inventory, cut: Cut, stage: int) -> float:
     By the plan, where that is small; else as if homes shared evenly what they hold, at least one matrix.
     """
     number = len(_matrices(inventory, cut, stage))
-    ranks = cut.tp * cut.dp
+    ranks = cut.homes
     if number * ranks <= SMALL_PLAN:
         plan = stage_plan(inventory, cut, stage)
         # The first shards are the largest; what homes keep may be anywhere.
@@ -191,7 +191,7 @@ def fullest_state(inventory: Inventory, cut: Cut, stage: int) -> float:
 
 def _even_state(inventory: Inventory, cut: Cut, stage: int, experts: bool) -> float:
     """State of matrices, experts' or others, where homes share it evenly."""
-    ranks, replicate = cut.tp * cut.dp, cut.replicate
+    ranks, replicate = cut.homes, cut.replicate
     if experts:
         ranks, replicate = cut.expert_replicate * cut.expert_shard * cut.expert_tensor, cut.expert_replicate
     whole, largest, momentum, largest_momentum = 0.0, 0.0, 0.0, 0.0
@@ -243,7 +243,7 @@ def stage_memory(config: Config, inventory: Inventory, cut: Cut, stage: int, voc
         gradients=own * (FP32 if copies and widened else compute if cut.dp == 1 else main),
         unreduced=unreduced,
         accumulated=cut.micro_batches > in_flight,
-        activations=activations,
+        activations=activations + _kept_casts(config, inventory, cut),
         loss=loss_bytes(config, cut, vocab_size) if cut.has_last(stage) else 0.0,
         recomputed=recomputed,
         gathered=_gathered(cut, whole, outside, layer) if cut.dp > 1 else 0.0,
@@ -259,7 +259,14 @@ def _activations(config: Config, cut: Cut, stage: int) -> tuple[float, float]:
     everything, products = (bytes_by_layer(config, cut, stage, kind) for kind in ("all", "products"))
     layers, through = len(everything), layer_bytes(config, cut, "input")
     work = max((layer_workspace(config, cut, kind) for kind in set(_has_experts(config, cut, stage))), default=0.0)
-    if training.recompute == "none":
+    if is_budgeted(config):
+        kept = [
+            budgeted_bytes(training.activation_memory_budget, *sizes)
+            for sizes in zip(everything, products, [through] * layers, strict=True)
+        ]
+        again = (a - k for a, k in zip(everything, kept, strict=True))
+        held, work = sum(kept), work + max(0.0, *again)
+    elif training.recompute == "none":
         held = sum(everything)
     elif training.recompute == "selective":
         again = (a - p for a, p in zip(everything, products, strict=True))
@@ -279,6 +286,36 @@ def _activations(config: Config, cut: Cut, stage: int) -> tuple[float, float]:
     # A stage's output the schedule holds until its gradient comes; its input is one of the pipeline's buffers.
     held += through * ((stages - last) - (stages - first))
     return held * cut.in_flight(stage), work
+
+
+def _kept_casts(config: Config, inventory: Inventory, cut: Cut) -> float:
+    """Bytes of weights in FP8 that layers of recipe static keep until backward (`training.precision`)."""
+    fp8 = config.fp8
+    if fp8.fp8_format is None or fp8.fp8_recipe != "static" or cut.dp > 1 or cut.pp > 1:
+        return 0.0
+    critical = (Role.ATTENTION_OUTPUT, Role.MLP_OUT) if fp8.fp8_critical_bf16 else ()
+    metas = [h.meta for n in fp8.layers(config.model.num_layers) for h in inventory.kinds[inventory.layers[n]]]
+    cast = [m for m in metas if m.role.is_hidden_matrix and not m.role.is_expert and m.role not in critical]
+    return sum(local_elements(meta, cut) for meta in cast)
+
+
+def is_budgeted(config: Config) -> bool:
+    """Whether the compiler chooses what to recompute, under ``--activation-memory-budget``."""
+    training = config.training
+    return training.recompute == "none" and training.torch_compile and training.activation_memory_budget < 1
+
+
+def budgeted_bytes(budget: float, everything: float, products: float, through: float) -> float:
+    """Bytes that a compiled layer keeps under ``--activation-memory-budget``.
+
+    The compiler gives up elementwise work first, as a whole, and only then the products that save most for their time,
+    up to its share of what lies between all and the input; in steps as large as what it gives up, so this is near.
+
+    Args:
+        budget: the share, less than 1.
+        everything, products, through: bytes by what is kept, as `layer_bytes` has them.
+    """
+    return min(products, through + budget * (everything - through))
 
 
 def _has_experts(config: Config, cut: Cut, stage: int) -> list[bool]:
@@ -313,7 +350,7 @@ def _update(config: Config, inventory: Inventory, cut: Cut, stage: int) -> float
     matrices = [(h.meta, count) for h, count in stage_holdings(inventory, cut, stage) if h.cost is not None]
     if not matrices:
         return 0.0
-    ranks, total = cut.tp * cut.dp, sum(meta.numel * count for meta, count in matrices)
+    ranks, total = cut.homes, sum(meta.numel * count for meta, count in matrices)
     travels = FP32 if config.optimizer.muon_ns_dtype == "fp32" else 2
     largest = max(meta.numel // (meta.experts or 1) for meta, _ in matrices)
     block = max(_largest_block(meta) for meta, _ in matrices)

@@ -45,7 +45,8 @@ def layout(estimate: Estimate) -> str:
     if cut.dp > 1:
         parts.append(parallel.sharding + (f" x {cut.replicate} replicas" if 1 < cut.replicate < cut.dp else ""))
     parts.append(f"micro-batch {training.micro_batch_size} x {cut.micro_batches}")
-    parts.append(f"recompute {training.recompute}")
+    budget = training.activation_memory_budget if training.torch_compile else 1.0
+    parts.append(f"recompute {training.recompute}" if budget == 1 else f"activation memory budget {budget:g}")
     return ", ".join(parts)
 
 

@@ -7,10 +7,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_mup.config import Config
+from megatron_mup.optim.dion import rank_of
+from megatron_mup.planning.activations import layer_bytes
 from megatron_mup.planning.cut import Cut
 from megatron_mup.planning.hardware import Hardware
 from megatron_mup.planning.inventory import Inventory
-from megatron_mup.planning.memory import bytes_by_layer, local_elements, model_parallel_elements, stage_holdings
+from megatron_mup.planning.memory import (
+    budgeted_bytes,
+    bytes_by_layer,
+    is_budgeted,
+    local_elements,
+    model_parallel_elements,
+    stage_holdings,
+)
 from megatron_mup.training.flops import active_width, flops_per_token
 
 FP32 = 4
@@ -77,15 +86,15 @@ def stage_seconds(config: Config, cut: Cut, stage: int, vocab_size: int, hardwar
     # Half of the pairs count. Of products as wide as a query forward takes one, backward three; as a value one and two.
     widths = 4 * model.head_dim + 3 * model.value_dim
     pairs = 2 / 2 * model.num_attention_heads * widths * config.training.seq_length * layers
-    if config.training.recompute == "full":
-        again = _recomputed_layers(config, layers)
-        products += 2 * sum(weights[:again])
-        pairs *= 1 + 2 / 7 * again / max(1, layers)
+    again = _recomputed_share(config, cut, stage)
+    products += 2 * sum(weight * share for weight, share in zip(weights, again, strict=True))
+    pairs *= 1 + 2 / 7 * sum(again) / max(1, layers)
     peak = hardware.peak(cut.compute)
     matmul = products * cut.tokens / cut.tp / (peak * hardware.matmul_share)
     attention = pairs * cut.tokens / cut.tp / (peak * hardware.attention_share)
     # Elementwise work writes what it keeps and reads it again, in both directions.
-    passes = (3 if config.training.torch_compile else 6) + (config.training.recompute == "selective")
+    elementwise_again = config.training.recompute == "selective" or is_budgeted(config)
+    passes = (3 if config.training.torch_compile else 6) + elementwise_again
     moved = passes * sum(bytes_by_layer(config, cut, stage, "all"))
     if last:
         moved += cut.tokens * vocab_size / cut.tp * (3 * FP32 + 4 * cut.compute.itemsize)
@@ -101,9 +110,21 @@ def _layer_weights(config: Config, layer: int) -> float:
     return model.attention_weights + model.hidden_size * width
 
 
-def _recomputed_layers(config: Config, layers: int) -> int:
-    training = config.training
-    return min(layers, training.recompute_num_layers) if training.recompute_method == "block" else layers
+def _recomputed_share(config: Config, cut: Cut, stage: int) -> list[float]:
+    """Of each layer's products and attention, how much backward takes again; under a memory budget as if each byte cost
+    the same time."""
+    training, layers = config.training, cut.layers(stage)
+    if training.recompute == "full":
+        again = min(layers, training.recompute_num_layers) if training.recompute_method == "block" else layers
+        return [1.0] * again + [0.0] * (layers - again)
+    if not is_budgeted(config):
+        return [0.0] * layers
+    everything, products = (bytes_by_layer(config, cut, stage, kind) for kind in ("all", "products"))
+    through, budget = layer_bytes(config, cut, "input"), training.activation_memory_budget
+    return [
+        (few - budgeted_bytes(budget, whole, few, through)) / (few - through)
+        for whole, few in zip(everything, products, strict=True)
+    ]
 
 
 def update_seconds(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware) -> float:
@@ -119,7 +140,7 @@ def update_seconds(config: Config, inventory: Inventory, cut: Cut, hardware: Har
         if holding.cost is not None:
             cost += count * holding.cost
             costliest = max(costliest, holding.cost / (holding.meta.experts or 1))
-    busiest = max(costliest, cost / (cut.tp * cut.dp))
+    busiest = max(costliest, cost / cut.homes)
     precision = torch.float32 if config.optimizer.muon_ns_dtype == "fp32" else torch.bfloat16
     return moved / (hardware.memory_rate * hardware.memory_share) + 2 * busiest / (
         hardware.peak(precision) * hardware.matmul_share
@@ -192,8 +213,12 @@ def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, 
             hidden=0.8 * beside,
         )
     if max(cut.replicate, cut.expert_replicate) > 1:
+        summed = sum(elements / shard * (copies - 1) / copies for elements, shard, copies in shared)
+        if cut.homes < cut.tp * cut.dp:
+            # The gradients of matrices stay where they are; in their place go factors, see below.
+            summed -= _orthonormalized(inventory, cut) / cut.homes * (cut.replicate - 1) / cut.replicate
         found["data, replicas"] = Axis(
-            sent=2 * sum(elements / shard * (copies - 1) / copies for elements, shard, copies in shared) * reduce,
+            sent=2 * summed * reduce,
             rate=link_rate(hardware, cut.replicate, cut.tp * cut.shard),
             messages=layers + 1,
             hidden=0.8 * compute * 2 / 3,
@@ -205,8 +230,16 @@ def traffic(config: Config, inventory: Inventory, cut: Cut, hardware: Hardware, 
             messages=2 * len(cut.held[0]) * cut.micro_batches,
             hidden=0.0,
         )
-    moved = 2 * _orthonormalized(inventory, cut) * (FP32 if config.optimizer.muon_ns_dtype == "fp32" else 2)
-    ranks = cut.tp * cut.dp
+    travels = FP32 if config.optimizer.muon_ns_dtype == "fp32" else 2
+    moved, ranks = 2 * _orthonormalized(inventory, cut) * travels, cut.homes
+    if ranks < cut.tp * cut.dp:
+        factors = _factors(config, inventory, cut) / ranks * travels
+        found["factors"] = Axis(
+            sent=2 * factors * (cut.replicate - 1) / cut.replicate,
+            rate=link_rate(hardware, cut.replicate, cut.tp * cut.shard),
+            messages=2,
+            hidden=0.0,
+        )
     if moved and ranks > 1:
         found["optimizer"] = Axis(
             sent=moved / ranks * (ranks - 1) / ranks, rate=link_rate(hardware, ranks, 1), messages=2, hidden=0.0
@@ -245,6 +278,17 @@ def _expert_traffic(config: Config, cut: Cut, hardware: Hardware, ranks: int, st
     passes = layers * cut.micro_batches * (4 + 2 * (config.training.recompute == "full"))
     sent = rows * config.model.hidden_size * cut.compute.itemsize * (ranks - 1) / ranks
     return Axis(sent=sent * passes, rate=link_rate(hardware, ranks, stride), messages=passes, hidden=0.0)
+
+
+def _factors(config: Config, inventory: Inventory, cut: Cut) -> float:
+    """Elements of Dion's factors of all matrices of the first stage."""
+    fraction, total = config.optimizer.dion_rank_fraction, 0
+    for holding, count in stage_holdings(inventory, cut, 0):
+        if holding.cost is not None:
+            rows, columns = holding.meta.shape
+            blocks = [block.matrices(rows) for block in holding.meta.blocks] or [(1, rows)]
+            total += count * sum(many * (out + columns) * rank_of(fraction, out, columns) for many, out in blocks)
+    return float(total)
 
 
 def _orthonormalized(inventory: Inventory, cut: Cut) -> float:

@@ -82,6 +82,9 @@ class Checkpointer:
         """
         flags = self.config.checkpoint
         assert flags.save is not None
+        if not flags.no_save_optim:
+            self.step.before_update()
+            self.step.optimizer.gather_state()
         manifest = Manifest(
             iteration=progress.iteration,
             consumed_samples=progress.consumed_samples,

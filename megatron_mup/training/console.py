@@ -92,8 +92,8 @@ class LogLines(Console):
             f"consumed samples: {interval.consumed_samples:12d}",
             f"elapsed time per iteration (ms): {interval.step_seconds * 1e3:.1f}",
             f"tokens/s per device: {interval.tokens_per_s_per_device:.1f}",
-            *(f"TFLOP/s per device ({name}): {value:.1f}" for name, value in interval.tflops.items()),
-            *(f"MFU ({name}): {value:.1%}" for name, value in interval.mfu.items()),
+            *(f"TFLOP/s per device ({name}): {digits(value)}" for name, value in interval.tflops.items()),
+            *(f"MFU ({name}): {digits(100 * value)}%" for name, value in interval.mfu.items()),
             f"learning rate: {' to '.join(shown)}",
             f"global batch size: {interval.batch_size:5d}",
             f"lm loss: {interval.loss:.6E}",
@@ -158,6 +158,11 @@ def open_console(config: Config, train_iters: int, start_iteration: int) -> Cons
     if config.logging.progress and sys.stdout.isatty() and not RichConsole().is_dumb_terminal:
         return ProgressBar(train_iters, start_iteration)
     return LogLines(train_iters)
+
+
+def digits(number: float) -> str:
+    """A number with one decimal, or, of small models, with three digits: ``343.0``, ``0.00216``."""
+    return f"{number:.1f}" if number >= 10 else f"{number:.3g}"
 
 
 def short(number: float) -> str:

@@ -207,6 +207,9 @@ class ZeroAdamW:
     def restore(self, _config: Config, _iteration: int) -> None:
         """No other state than the one that is there."""
 
+    def gather_state(self) -> None:
+        """Nothing that replicas keep apart."""
+
     def plan(self) -> str:
         """No matrices to hand out."""
         return "DeepSpeed's AdamW orthonormalizes no matrix"

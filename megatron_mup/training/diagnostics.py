@@ -88,7 +88,7 @@ class Diagnostics:
         """
         pairs = _Pairs(self.mesh.device)
         self._activations(batch, pairs)
-        if self.config.fp8.fp8_format is not None and self.config.fp8.fp8_recipe == "static":
+        if self.config.fp8.fp8_format is not None:
             self._fp8(batch, pairs)
         before = [main.value.clone() for main in self._params]
         with torch.enable_grad():
@@ -116,15 +116,16 @@ class Diagnostics:
     def _fp8(self, batch: Batch, pairs: _Pairs) -> None:
         """What each layer casts: largest value, shares that become 0 and that are cut to the end of the range."""
 
-        def seen(layer: str, kind: str, values: torch.Tensor, dtype: torch.dtype) -> None:
-            place, size = f"{kind}/{layer.removeprefix('decoder.layers.')}", values.detach().abs()
-            lost = (size > 0) & (saturated(size, dtype).float() == 0)
-            pairs.raise_to(f"fp8 amax/{place}", size.max())
+        def seen(layer: str, kind: str, values: torch.Tensor, scaled: torch.Tensor, dtype: torch.dtype) -> None:
+            place, size = f"{kind}/{layer.removeprefix('decoder.layers.')}", scaled.detach().abs()
+            lost = (values.detach() != 0) & (saturated(size, dtype).float() == 0)
+            pairs.raise_to(f"fp8 amax/{place}", values.detach().abs().max())
             pairs.add(f"fp8 underflow/{place}", lost.sum(), size.numel())
             pairs.add(f"fp8 saturation/{place}", (size > torch.finfo(dtype).max).sum(), size.numel())
 
-        with torch.enable_grad(), watch_fp8(self.step.model, seen):
-            self.step.forward_backward(batch, torch.ones((), device=self.mesh.device))
+        tokens, _ = self.step._agree(batch, 0)
+        with torch.enable_grad(), watch_fp8(self.step.model, self.config.fp8, seen):
+            self.step.forward_backward(batch, torch.ones_like(tokens) if self.step.sums_tokens else tokens)
         self.step.main.zero_grad()
 
     def _updates(self, before: list[torch.Tensor], pairs: _Pairs) -> None:

@@ -5,6 +5,7 @@ What comes after, the gate and the optimizer, runs as ever, on gradients that li
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,11 +36,12 @@ def untimed(_phase: str) -> AbstractContextManager[None]:
 class Found:
     """What a step knows before its update: loss and gradient norm, 0-d, and the sum of all ranks' requests.
 
-    ``scale``, 0-d: the factor that gradients still lack, and the norm has; None for 1.
+    ``grad_norm`` is None where nothing needs it yet. ``scale``, 0-d: the factor that gradients still lack, and the norm
+    has; None for 1.
     """
 
     loss: torch.Tensor
-    grad_norm: torch.Tensor
+    grad_norm: torch.Tensor | None
     requests: torch.Tensor
     scale: torch.Tensor | None = None
 
@@ -81,7 +83,8 @@ class GraphedGradients:
             param.grad = grad
         found = self._found
         requests = torch.full_like(found.requests, request)
-        return Found(found.loss.clone(), found.grad_norm.clone(), requests, found.scale)
+        norm = None if found.grad_norm is None else found.grad_norm.clone()
+        return Found(found.loss.clone(), norm, requests, found.scale)
 
     def _on_own_stream(self, batch: Batch, request: int, timer: PhaseTimer) -> Found:
         """Autograd remembers streams, and the default one can't be captured; so even the first step is on another."""
@@ -95,6 +98,7 @@ class GraphedGradients:
     def _capture(self, batch: Batch) -> None:
         self._inputs = {name: value.clone() for name, value in batch.items()}
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # no other graph may be freed meanwhile
         # Other threads load data meanwhile, and may allocate pinned memory.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._found = self._compute(self._inputs, 0, untimed)

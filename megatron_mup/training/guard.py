@@ -44,6 +44,11 @@ class Guard:
         self.reason: str | None = None
         self.skipped = 0
 
+    @property
+    def looks(self) -> bool:
+        """Whether it refuses any step."""
+        return self._allowed > 0
+
     def accepts(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
         """Whether the optimizer shall take this step.
 
@@ -51,7 +56,7 @@ class Guard:
             loss: 0-d, mean over the global batch.
             grad_norm: 0-d, before clipping.
         """
-        if not self._allowed:
+        if not self.looks:
             return True
         values = torch.stack((loss, grad_norm)).tolist()
         self.reason = self._objection(values)

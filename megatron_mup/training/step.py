@@ -83,6 +83,8 @@ class TrainStep:
         if self.unit_scaled:
             # Gradients there have a root mean square of about 1, so that is what the limit is for.
             self.largest_norm *= math.sqrt(sum(meta.numel for meta in parameter_metas(config, model.vocab_size)))
+        # Else the update may come first, and find the norm as it reads gradients.
+        self.norm_comes_first = self.largest_norm > 0 or config.guard.max_skipped_steps > 0
         self._gradients: Callable[[Batch, int, PhaseTimer], Found] = self._find_gradients
         if config.training.cuda_graph_impl == "local" and mesh.device.type == "cuda":
             self._gradients = GraphedGradients(self._find_gradients, self.main.params)
@@ -106,15 +108,21 @@ class TrainStep:
             gate: a step that it refuses leaves weights and state as they were, to the bit.
         """
         found = self._gradients(batch, request, timer)
-        taken = gate(found.loss, found.grad_norm)
+        norm = found.grad_norm
+        measure = norm is None and gate is always and self.optimizer.measures
+        if norm is None and not measure:
+            with timer("gradients"):
+                norm = self._norm(found.scale)
+        taken = norm is None or gate(found.loss, norm)
         with timer("optimizer"):
             self.before_update()
             if taken:
-                self.optimizer.step(factor, self._scale(found))
+                self.optimizer.step(factor, self._scale(norm, found.scale), measure)
                 self.main.publish()
+            norm = self._norm(found.scale) if norm is None else norm
             self.main.zero_grad()
             routing = self.balancing.finish(taken)
-        return StepResult(found.loss, found.grad_norm, found.requests, routing)
+        return StepResult(found.loss, norm, found.requests, routing)
 
     def _find_gradients(self, batch: Batch, request: int, timer: PhaseTimer) -> Found:
         """The part of a step before the update: every `MainParam` has its final gradient then."""
@@ -129,19 +137,24 @@ class TrainStep:
                 sums = self.forward_backward(batch, divisor)
         with timer("gradients"):
             self.main.collect_grads()
-            norm, scale = global_grad_norm(self.main.params, self.mesh), None
+            scale = None
             if self.sums_tokens:
                 scale = tokens.rsqrt() if self.unit_scaled else tokens.reciprocal()
-                norm = norm * scale
+            norm = self._norm(scale) if self.norm_comes_first else None
             loss = self._mean_loss(sums, tokens)
         return Found(loss, norm, requests, scale)
 
-    def _scale(self, found: Found) -> torch.Tensor | None:
-        """The factor on gradients that the optimizer applies: what they lack, times what clips them."""
-        clip = clip_factor(found.grad_norm, self.largest_norm)
-        if clip is None or found.scale is None:
-            return found.scale if clip is None else clip
-        return clip * found.scale
+    def _norm(self, scale: torch.Tensor | None) -> torch.Tensor:
+        """The gradients' norm with the factor that they still lack."""
+        norm = global_grad_norm(self.main.params, self.mesh)
+        return norm if scale is None else norm * scale
+
+    def _scale(self, norm: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor | None:
+        """The factor on gradients that the optimizer applies: what they lack, times what clips them by their norm."""
+        clip = None if norm is None else clip_factor(norm, self.largest_norm)
+        if clip is None or scale is None:
+            return scale if clip is None else clip
+        return clip * scale
 
     def _warm_up(self, batch: Batch, divisor: torch.Tensor, micro_batches: int) -> None:
         """Lets FP8's scales see a step's values, and forgets all else that the passes did."""

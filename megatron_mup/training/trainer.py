@@ -26,7 +26,7 @@ from megatron_mup.training.metrics import Metrics
 from megatron_mup.training.profiling import StepTrace, collect_garbage, garbage_collection
 from megatron_mup.training.replicas import check_replicas
 from megatron_mup.training.signals import EXIT_FINISHED, EXIT_STOPPED, StopRequest
-from megatron_mup.training.step import TrainStep
+from megatron_mup.training.step import TrainStep, always
 from megatron_mup.training.watchdog import Watchdog
 
 
@@ -180,7 +180,8 @@ class Trainer:
         timer = self.watchdog.over(metrics.timer)
         with timer("data"):
             batch = self.batch(progress.consumed_samples, size)
-        take = partial(self.step, batch, factor, stop.local(), timer, self.guard.accepts)
+        gate = self.guard.accepts if self.guard.looks else always
+        take = partial(self.step, batch, factor, stop.local(), timer, gate)
         interval, diagnostics = self.config.logging.diagnostics_interval, None
         if interval is not None and (progress.iteration + 1) % interval == 0:
             result, diagnostics = self.diagnostics.around(batch, take)

@@ -41,7 +41,6 @@ VECTOR_CHANGE = "vector change"
 EPSILON = "epsilon / gradient"
 
 FINAL_RESIDUAL = "final residual"
-SPHERES = ("muonsphere", "spectral_sphere")
 
 
 class Value(NamedTuple):
@@ -94,9 +93,6 @@ def measure(config: Config, vocab_size: int, mesh: Mesh, steps: int) -> list[Val
     config = replace(config, training=training, parallel=replace(config.parallel, distributed_engine="native"))
     with Trainer(config, vocab_size, mesh) as trainer:
         step, batch = trainer.step, trainer.batch(0, trainer.ramp.full)
-        if config.optimizer.optimizer in SPHERES:
-            # A step of no length brings the initial weights to their sphere; that is no update.
-            step(batch, 0.0)
         modules, weights = _Modules(step), _Weights(step)
         found = modules.measure(batch, 0) + weights.measure(0)
         for number in range(1, steps + 1):
@@ -270,7 +266,11 @@ class _Weights:
 
 
 def spectral_norm(matrix: torch.Tensor) -> float:
-    """Largest singular value; from 512 rows and columns on to about a percent, by randomised iteration."""
+    """Largest singular value; from 512 rows and columns on to about a percent, by randomised iteration.
+
+    On the CPU: a GPU would be busy with launches, for matrices as small as these.
+    """
+    matrix = matrix.cpu()
     if min(matrix.shape) < 512:
         return float(torch.linalg.matrix_norm(matrix, ord=2))
     with torch.random.fork_rng(devices=[]):

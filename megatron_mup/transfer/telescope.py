@@ -115,6 +115,10 @@ def format_levels(plan: TelescopePlan, levels: list[Level]) -> str:
         values = ", ".join(
             f"{name} {value:.4g}" for axis, k in zip(plan.axes, level.winner, strict=True) for name, value in axis.at(k)
         )
-        edge = "; on the edge of the grid, so the next level is as wide" if level.widened else ""
+        edge = ""
+        if level.widened:
+            last = level.hidden_size == plan.widths[-1]
+            then = "the optimum lies beyond" if last else "so the next level is as wide"
+            edge = f"; on the edge of the grid, {then}"
         lines.append(f"{grid}: {values}{edge}")
     return "\n".join(lines)

@@ -122,6 +122,24 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
 
+    def agreed(self, name: str, trials: Sequence[Trial]) -> list[Trial]:
+        """One list of trials for all workers that ask under a name: that of the first one.
+
+        Jobs of a batch array start at different times; by then others have finished trials, and shares of what is left
+        would overlap.
+        """
+        path = self.folder.parent / "rounds" / f"{name}-{self.recipe}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
+        mine.write_text(json.dumps([asdict(trial) for trial in trials]), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, path)  # whole at once, and the first one wins
+        mine.unlink()
+        return [
+            Trial(**{**plain, "values": tuple((name, value) for name, value in plain["values"])})
+            for plain in json.loads(path.read_text(encoding="utf-8"))
+        ]
+
 
 def run_trial(config: Config, trial: Trial, vocab_size: int, mesh: Mesh, folder: str | Path) -> dict[str, Any] | None:
     """Trains one trial in this process; its curve goes to ``curves/`` and its log to ``logs/`` in ``folder``.

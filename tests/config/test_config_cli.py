@@ -124,6 +124,7 @@ def test_a_mistake_is_told_with_its_remedy(argv, parts, capfd):
         ("--muon-matched-adamw-rms 0.4", "--muon-scale-mode match_rms_adamw --muon-extra-scale-factor 2"),
         ("--muon-no-split-qkv", "--no-muon-split-qkv"),
         ("--use-flash-attn", "--attention-backend flash"),
+        ("--enable-cuda-graph", "--cuda-graph-impl local"),
         ("--use-rotary-position-embeddings --no-position-embedding", "--position-embedding-type rope"),
         ("--group-query-attention --num-query-groups 4", "--num-query-groups 4"),
         ("--use-mup --parametrization mup", "--parametrization mup"),
@@ -158,6 +159,13 @@ def test_aliases_that_change_nothing_warn():
         "--ckpt-format torch_dist",
         "--use-mcore-models",
     ]
+
+
+@pytest.mark.parametrize("flag", [alias.flag for alias in ALIASES.values() if alias.refused])
+def test_what_megatron_has_and_this_has_not_is_told(flag):
+    message = str(error(f"--{flag}"))
+    assert f"--{flag}: {ALIASES[flag].refused}" in message
+    assert "drop it" in message
 
 
 def test_the_flags_are_frozen():

@@ -25,7 +25,9 @@ def parsed(flags: str, world_size: int = 1) -> tuple[Config, list[str]]:
 def test_what_is_fine():
     assert parsed(TE)[1] == []
     assert parsed(f"{TE} --recompute-granularity full --torch-compile")[1] == []
-    assert parsed(f"{TE} --fp8-format hybrid --fp8-recipe tensorwise --cuda-graph-impl local")[1] == []
+    assert parsed(f"{TE} --cuda-graph-impl local")[1] == []
+    for recipe in ("delayed", "tensorwise"):
+        assert parsed(f"{TE} --fp8-format hybrid --fp8-recipe {recipe} --cuda-graph-impl local")[1] == []
     for recipe in ("delayed", "tensorwise", "mxfp8"):
         assert parsed(f"{TE} --fp8-format hybrid --fp8-recipe {recipe} --no-fp8-wgrad")[1] == []
     wide = "--hidden-size 128 --micro-batch-size 4 --fp8-recipe blockwise --tensor-model-parallel-size 1"
@@ -37,8 +39,7 @@ REFUSED = {
     "fp32": ("--transformer-impl transformer_engine", "add --bf16"),
     "selective": (f"{TE} --recompute-granularity selective", "--recompute-granularity selective"),
     "deepspeed": (f"{TE} --distributed-engine deepspeed", "--distributed-engine deepspeed"),
-    "graphs": (f"{TE} --cuda-graph-impl local", "--cuda-graph-impl local"),
-    "graph of delayed": (f"{TE} --fp8-format hybrid --fp8-recipe delayed --cuda-graph-impl local", "tensorwise"),
+    "graphs": (f"{TE} --fp8-format hybrid --fp8-recipe mxfp8 --cuda-graph-impl local", "--cuda-graph-impl local"),
     "static": (f"{TE} --fp8-format hybrid", "--fp8-recipe static"),
     "local": ("--bf16 --fp8-format hybrid --fp8-recipe delayed", "add --transformer-impl transformer_engine"),
     "emulated": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from megatron_mup.kernels.fp8 import (
     fp8_linear,
     fp8_product,
     fp8_product_reference,
+    fp8_swiglu_mlp,
     saturated,
 )
 from megatron_mup.parallel.mesh import Mesh
@@ -45,23 +48,45 @@ def test_product_equals_its_twin(dtype, result):
     assert relative_error(fp8_product(a, b, 0.125, result, fast=True), want) < 1e-2
 
 
+def compare_with_cpu(layer: Callable[..., torch.Tensor], shapes: tuple[tuple[int, int], ...], allowed: float) -> None:
+    """Result and gradients of all inputs; the last shape is that of the result."""
+    generator, seen = torch.Generator().manual_seed(0), []
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    for device in (torch.device("cpu"), DEVICE):
+        *inputs, grad = (value.to(device, torch.bfloat16).requires_grad_() for value in values)
+        y = layer(*inputs)
+        seen.append((y, *torch.autograd.grad(y, inputs, grad)))
+    for want, got in zip(*seen, strict=True):
+        assert relative_error(got.cpu(), want) < allowed
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("gradient", [E4M3, E5M2])
 def test_layer_equals_the_emulation_of_cpus(gradient, keep):
     """Result and both gradients, on sides that no tile of the transposing kernel fits; a loss hardly sees one wrong."""
     if not device_has_fp8(DEVICE):
         pytest.skip(NO_FP8)
-    values = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((80, 208), (144, 208), (80, 144))
-    ]
-    seen = []
-    for device in (torch.device("cpu"), DEVICE):
-        x, weight, grad = (value.to(device, torch.bfloat16) for value in values)
-        x, weight = x.requires_grad_(), weight.requires_grad_()
-        y = fp8_linear(x, weight, (0.2, 1.0, 0.15), gradient, 4.0, keep)
-        seen.append((y, *torch.autograd.grad(y, (x, weight), grad)))
-    for want, got in zip(*seen, strict=True):
-        assert relative_error(got.cpu(), want) < 1e-2
+
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fp8_linear(x, weight, (0.2, 1.0, 0.15), gradient, 4.0, keep)
+
+    compare_with_cpu(layer, ((80, 208), (144, 208), (80, 144)), 1e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("gradient", "keep"), [(E4M3, True), (E5M2, False)])
+def test_mlp_equals_the_emulation_of_cpus(gradient, keep, compiled):
+    """Both weights' gradients read transposes that SwiGLU's kernels write."""
+    if not device_has_fp8(DEVICE):
+        pytest.skip(NO_FP8)
+
+    def mlp(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        factors = (0.07, 1.0, 0.05), (0.05, 1.0, 0.07)
+        call = torch.compile(fp8_swiglu_mlp) if compiled and x.is_cuda else fp8_swiglu_mlp
+        return call(x, (first, second), factors, gradient, 4.0, 8, 1.3, 1.7, keep)
+
+    # What lies in the middle between two of FP8's values goes to the other one in places.
+    compare_with_cpu(mlp, ((208, 208), (544, 208), (144, 272), (208, 144)), 5e-2)
 
 
 @pytest.mark.parametrize("scheme", [UMUP, MUNIT], ids=["umup", "munit"])
@@ -77,6 +102,16 @@ def test_static_fp8_trains_as_bf16(process_group, scheme, kind):
     want, got = seen.values()
     assert not torch.equal(got, want), "nothing was cast"
     torch.testing.assert_close(got, want, rtol=2e-2, atol=0)
+
+
+def test_static_fp8_in_a_graph(process_group):
+    if not device_has_fp8(DEVICE):
+        pytest.skip(NO_FP8)
+    seen = []
+    for flags in ("", "--cuda-graph-impl local"):
+        config = gpu_config("--bf16 --fp8-format hybrid --attention-backend unfused", flags, scheme=UMUP)
+        seen.append(train(config, Mesh.build(config, DEVICE), steps=7)["losses"])
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("scheme", [COMPLETEP, UMUP], ids=["completep", "umup"])

@@ -76,6 +76,15 @@ def test_compiled_fp32_equals_eager(meshes, optimizer):
     torch.testing.assert_close(compiled["norms"][0], eager["norms"][0], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("rotated", ["", "--rotary-percent 0.5"])
+def test_gradients_of_rotated_projections_compiled(meshes, rotated):
+    """Without norms in between queries, keys and values have a kernel of their own for their gradient."""
+    flags = ("--no-qk-layernorm --clip-grad 0", rotated)
+    eager, compiled = (train(gpu_config(*flags, flag), meshes["cuda"]) for flag in ("", "--torch-compile"))
+    close(compiled, eager, 1e-5)
+    torch.testing.assert_close(compiled["norms"], eager["norms"], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("features", ["", FEATURES], ids=["llama", "features"])
 def test_compiled_bf16_equals_eager(meshes, features):
     eager, compiled = (train(gpu_config(features, flag), meshes["cuda"], 5) for flag in ("--bf16", BF16))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mup.kernels.fp8 import E4M3, E5M2, fp8_linear, fp8_product, saturated
+from megatron_mup.kernels.fp8 import E4M3, E5M2, fp8_linear, fp8_product, fp8_swiglu_mlp, saturated
+from megatron_mup.kernels.swiglu import plain_swiglu
 
 TYPES = {"e4m3": (E4M3, 448.0, 3), "e5m2": (E5M2, 57344.0, 2)}
 
@@ -104,3 +105,21 @@ def test_a_kept_cast_changes_nothing():
     assert torch.equal(seen, want)
     for got, expected in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (seen, want)), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("gradient", "keep"), [(E4M3, False), (E5M2, True)])
+def test_an_mlp_taken_together_is_its_layers(gradient, keep, compiled):
+    """In fp32, where nothing is rounded between them, to the bit."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = (3, 16, 32), (64, 32), (32, 32), (3, 16, 32)
+    x, first, second, grad = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    one, other = (0.2, 1.0, 0.15), (0.17, 0.9, 0.3)
+    mlp = torch.compile(fp8_swiglu_mlp) if compiled else fp8_swiglu_mlp
+    seen = mlp(x, (first, second), (one, other), gradient, 4.0, 8, 1.3, 1.7, keep)
+    inner = plain_swiglu(fp8_linear(x, first, one, gradient, 4.0), 8, 1.3) * 1.7
+    want = fp8_linear(inner, second, other, gradient, 4.0)
+    assert torch.equal(seen, want)
+    of_seen, of_want = (torch.autograd.grad(y, (x, first, second), grad) for y in (seen, want))
+    for got, expected in zip(of_seen, of_want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -1,36 +1,65 @@
-"""Casts to FP8 with transposes: kernels against their plain twins, on a GPU or in Triton's interpreter."""
+"""Casts to FP8 by kernels against their plain twins, on a GPU, and in Triton's interpreter where there is none."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_mup.kernels import fp8_casts
-from megatron_mup.kernels.fp8_casts import E4M3, E5M2
+from megatron_mup.kernels.fp8_casts import E4M3, E5M2, Scale
 from tests.interpreter import interpreted
+
+RUN = 8
 
 
 def compare(device: str, *types: torch.dtype) -> None:
-    """On matrices that no tile fits, and with values beyond the ends of FP8's types."""
+    """All kernels, on matrices that no tile fits, and with values beyond the ends of FP8's types."""
     generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().to(device)
+
     for dtype in types:
-        for shape in ((80, 288), (16, 32)):
-            x = torch.randn(shape, generator=generator).mul(400).bfloat16().to(device)
-            want = fp8_casts.saturated(x, dtype)
-            for source in (x, want):
-                out, rows = (torch.empty(size, dtype=dtype, device=device) for size in (shape[::-1], shape))
-                fp8_casts._kernels().transpose(source, out, rows)
-                assert torch.equal(rows.float(), want.float()), differences(rows, want)
-                assert torch.equal(out.float(), want.float().t()), differences(out, want.t())
-                out.zero_()
-                fp8_casts._kernels().transpose(source, out)
-                assert torch.equal(out.float(), want.float().t()), differences(out, want.t())
+        for m, ffn in ((208, 144), (16, 16)):
+            x, grad = normal(m, 2 * ffn) * 4, normal(m, ffn)
+            x[0, 0] = x[0, RUN] = 200
+            check_transpose(x, dtype)
+            check(fp8_casts.swiglu_cast, fp8_casts.swiglu_cast_reference, (x,), dtype)
+            check(fp8_casts.swiglu_backward_cast, fp8_casts.swiglu_backward_cast_reference, (x, grad), dtype)
+
+
+def check_transpose(x: torch.Tensor, dtype: torch.dtype) -> None:
+    want = fp8_casts.saturated(x, dtype)
+    for source in (x, want):
+        out, rows = (torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape[::-1], x.shape))
+        fp8_casts._kernels().transpose(source, out, rows)
+        assert torch.equal(rows.float(), want.float()), differences(rows, want)
+        assert torch.equal(out.float(), want.float().t()), differences(out, want.t())
+        out.zero_()
+        fp8_casts._kernels().transpose(source, out)
+        assert torch.equal(out.float(), want.float().t()), differences(out, want.t())
 
 
 def differences(got: torch.Tensor, want: torch.Tensor) -> str:
     got, want = got.float(), want.float()
     wrong = got != want
     return f"{wrong.sum()} of {wrong.numel()}: {got[wrong][:8].tolist()} for {want[wrong][:8].tolist()}"
+
+
+def check(kernel: Any, twin: Any, values: tuple[torch.Tensor, ...], dtype: torch.dtype) -> None:
+    got, want = (Scale(*torch.tensor([[3.0], [0.5]], device=values[0].device), dtype) for _ in range(2))
+    seen, expected = kernel(*values, RUN, got), twin(*values, RUN, want)
+    torch.testing.assert_close(got.largest, want.largest)
+    torch.testing.assert_close(seen.inverse, expected.inverse)
+    # Sigmoids differ in their last bits, so what lies in the middle between two values may go to the other one.
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(seen.rows.float(), expected.rows.float(), rtol=step, atol=2**-6 * step)
+    if dtype != torch.float16:
+        right = (seen.rows.float() == expected.rows.float()).float().mean()
+        assert right > 0.99, differences(seen.rows, expected.rows)
+    assert torch.equal(seen.columns.float(), seen.rows.float().t()), differences(seen.columns, seen.rows.t())
 
 
 @pytest.mark.gpu

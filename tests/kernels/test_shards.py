@@ -17,6 +17,7 @@ from megatron_mup.kernels.shards import (
     advance_reference,
     apply,
     apply_reference,
+    move_reference,
     tile_tables,
 )
 from tests.interpreter import interpreted
@@ -129,6 +130,14 @@ def compare(device: str) -> None:
                         want = out.double().square().sum()
                         torch.testing.assert_close(squares.double().sum(), want, rtol=1e-5, atol=0)
                 check(*results)
+        results = []
+        for run in (partial(shards_triton.move, squared=True), move_reference):
+            source, out = shards(0, dtype, device).tensors[0], torch.zeros(4 * TILE + 41, dtype=dtype, device=device)
+            squares = run(source, out, on_tables(Pieces(PIECES[:2], out.device)))
+            results.append(out)
+            if squares is not None:
+                torch.testing.assert_close(squares.double().sum(), out.double().square().sum(), rtol=1e-5, atol=0)
+        assert torch.equal(*results)
         results = []
         for run in (shards_triton.apply, apply_reference):
             values, packed = on_tables(shards(0, dtype, device)), torch.cat(shards(3, types[1], device).tensors)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mup.kernels.symmetric import kernel_takes, symmetric_product, symmetric_product_reference
+from megatron_mup.kernels.symmetric import has_whole_rows, kernel_takes, symmetric_product, symmetric_product_reference
 
 FORMS = ("rows", "columns", "symmetric")
 
@@ -77,6 +77,26 @@ def test_kernel_against_the_formula(form, batch, n, k, dtype, full):
     assert torch.equal(got, got.mT)
     twin = symmetric_product_reference(a, b, form, **terms)
     torch.testing.assert_close(got.float(), twin.float(), rtol=1e-2, atol=1e-2 * want.abs().max().item())
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("form", ["rows", "columns"])
+def test_kernel_on_part_of_a_memory(form):
+    """Rows that others lie between, as in Gram space before a correction."""
+    whole = torch.randn(3, 520, 392, device="cuda").to(torch.bfloat16)
+    part = whole[:, :384, :264]
+    if not kernel_takes(part):
+        pytest.skip("no kernel for this device")
+    assert torch.equal(
+        symmetric_product(part, part, form), symmetric_product(part.contiguous(), part.contiguous(), form)
+    )
+
+
+def test_whole_rows():
+    x = torch.empty(3, 520, 392)
+    assert all(has_whole_rows(part) for part in (x, x[:, :384, :264]))
+    assert not any(has_whole_rows(part) for part in (x.mT, x[..., ::2], x[:1].expand(3, -1, -1), torch.empty(2, 9, 12)))
 
 
 @pytest.mark.gpu

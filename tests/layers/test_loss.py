@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from megatron_mup.config import Config, ParallelConfig
+from megatron_mup.kernels.cross_entropy import cross_entropy_backward_reference
+from megatron_mup.layers import loss as loss_module
 from megatron_mup.layers.loss import IGNORE, vocab_parallel_cross_entropy
+from megatron_mup.layers.scale import scale
 from megatron_mup.parallel.mesh import ALONE, Mesh
 
 SEQ, BATCH, VOCAB = 5, 3, 37
@@ -52,6 +55,32 @@ def test_equals_torch(dtype):
     assert logits.grad.dtype == dtype
     tolerance = 1e-6 if dtype is torch.float32 else 2**-8
     torch.testing.assert_close(logits.grad.float(), want[2], rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_kernel_s_twin_gives_the_gradient(monkeypatch, compiled):
+    """With factors as muP has them on the logits and u-muP another one on their gradient."""
+    logits, labels = case()
+    factors = (0.5, 3.0)
+    leaf, want = (logits.clone().requires_grad_() for _ in range(2))
+    scaled = scale(want, *factors)
+    objective(*vocab_parallel_cross_entropy(scaled, labels, 0, ALONE), WEIGHTS).backward()
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return objective(*vocab_parallel_cross_entropy(x, labels, 0, ALONE, *factors), WEIGHTS)
+
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return cross_entropy_backward_reference(*args)
+
+    if compiled:
+        monkeypatch.setattr(loss_module, "cross_entropy_backward", counted)
+        monkeypatch.setattr(loss_module, "on_kernel", lambda _logits: True)
+    (torch.compile(total, backend="aot_eager") if compiled else total)(leaf).backward()
+    assert len(calls) == compiled
+    torch.testing.assert_close(leaf.grad, want.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_ignored_tokens_have_no_gradient():

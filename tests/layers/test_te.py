@@ -4,12 +4,19 @@ layers' own."""
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_mup.checkpoint.whole import alone
 from megatron_mup.config import Config
+from megatron_mup.kernels import te_mlp
+from megatron_mup.kernels.swiglu import plain_swiglu
+from megatron_mup.layers.mlp import MLP
+from megatron_mup.layers.te import TEMLP
+from megatron_mup.models.build import build_model
 from megatron_mup.parallel.mesh import Mesh
 from tests.fake_te import installed
 from tests.gpu.gpu_runs import COMPLETEP, FEATURES, UMUP, gpu_config, share, train
@@ -56,6 +63,43 @@ def test_with_exact_products_it_is_the_native_backend(pool, layout, model):
             torch.testing.assert_close(seen["weights"][name], values, rtol=2e-2, atol=2e-2)
         else:
             assert torch.equal(seen["weights"][name], values), name
+
+
+def train_together(config: Config) -> dict[str, Any]:
+    """The same where an MLP is taken together, by exact products."""
+
+    def exact(x: torch.Tensor, _: Any, weights: tuple[torch.Tensor, torch.Tensor], run: int) -> torch.Tensor:
+        return F.linear(plain_swiglu(F.linear(x, weights[0]), run), weights[1])
+
+    with mock.patch.multiple(te_mlp, takes=lambda x: True, swiglu_mlp=exact):
+        return te_train(config)
+
+
+@pytest.mark.long
+def test_an_mlp_taken_together_in_a_layout(pool):
+    """Its collectives, and the weights' gradients, to the bit."""
+    config = gpu_config(SMALL, LAYOUTS["tp2-sp"][1], TE, FP8)
+    want, seen = (pool.run(2, call, config)[0] for call in (te_train, train_together))
+    for name, values in want["weights"].items():
+        assert torch.equal(seen["weights"][name], values), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "scheme", "together"),
+    [
+        (FP8, COMPLETEP, True),
+        ("", COMPLETEP, False),
+        (f"{FP8} --no-fp8-wgrad", COMPLETEP, False),
+        (f"{FP8} --fp8-recipe tensorwise", COMPLETEP, False),
+        (f"{FP8} --fp8-critical-bf16", COMPLETEP, False),
+        (f"{FP8} --no-disable-bias-linear", COMPLETEP, False),
+        (f"{FP8} --no-swiglu", COMPLETEP, False),
+        (FP8, UMUP, False),
+    ],
+)
+def test_which_mlps_are_taken_together(lone_mesh, flags, scheme, together):
+    model = build_model(gpu_config(SMALL, TE, flags, scheme=scheme), 128, lone_mesh)
+    assert [isinstance(m, TEMLP) for m in model.modules() if isinstance(m, MLP)] == [together] * 2
 
 
 def told(lone_mesh, *flags: str) -> list[Any]:

@@ -56,9 +56,9 @@ def gradients_of(step, batch) -> dict[str, torch.Tensor]:
     seen = {}
     take = step.optimizer.step
 
-    def spy(factor, scale):
+    def spy(factor, scale, *more):
         seen.update({main.meta.name: main.grad * (1 if scale is None else scale) for main in step.main.params})
-        take(factor, scale)
+        take(factor, scale, *more)
 
     step.optimizer.step = spy
     step(batch, 1.0)
@@ -76,7 +76,34 @@ def test_umup_trains_as_the_authors_library(lone_mesh):
             gradients = gradients_of(step_of(config_of(LIBRARY), lone_mesh), batch)
         losses.append(step(batch, 1.0).loss.item())
     assert losses == pytest.approx(LOSSES, rel=1e-6)
-    assert {name: rms(grad) for name, grad in gradients.items()} == pytest.approx(GRADIENT_RMS, rel=1e-5)
+    assert {name: rms(grad) for name, grad in gradients.items()} == pytest.approx(GRADIENT_RMS, rel=1e-6)
+
+
+def test_dropout_multiplies_as_the_authors_library(lone_mesh):
+    """``functional.dropout(p=0.3)`` makes kept ones 1.1952286, forward and backward, and in evaluation 0.8366600."""
+    step = step_of(config_of(UMUP, "--hidden-dropout 0.3"), lone_mesh)
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name):
+        def hook(_module, _inputs, output):
+            seen[name] = output.detach().clone()
+            if output.requires_grad:
+                output.register_hook(lambda grad: seen.__setitem__(f"{name} gradient", grad.clone()))
+
+        return hook
+
+    embedding = step.model.embedding
+    handles = [embedding.register_forward_hook(watch("after"))]
+    handles.append(embedding.word_embeddings.register_forward_hook(watch("before")))
+    step(batch_of(step.config, 0), 0.0)
+    kept = seen["after"] != 0
+    assert 0.6 < kept.double().mean() < 0.8
+    torch.testing.assert_close(seen["after"], seen["before"] * kept * 1.1952286, rtol=1e-6, atol=0)
+    torch.testing.assert_close(seen["before gradient"], seen["after gradient"] * kept * 1.1952286, rtol=1e-6, atol=0)
+    step.evaluate(batch_of(step.config, 0))
+    torch.testing.assert_close(seen["after"], seen["before"] * 0.8366600, rtol=1e-6, atol=0)
+    for handle in handles:
+        handle.remove()
 
 
 # ---- Sizes at the start
@@ -124,12 +151,18 @@ def test_umup_starts_at_unit_scale(lone_mesh):
 
 
 def test_munit_starts_at_unit_scale(lone_mesh):
-    """Weights, norms, stream and what linear layers make of unit input; attention's average shrinks its output."""
-    values, _ = sizes(lone_mesh, MUNIT)
+    """Weights, norms, stream and what linear layers make of unit input; attention's average shrinks its output.
+
+    Gradients are those of a true mean over tokens: what reaches the last layer, all others have as well. Behind an
+    average or a GELU they are smaller, in a branch's last norm by the root of tau, and those of weights have no factor.
+    """
+    values, gradients = sizes(lone_mesh, MUNIT)
     assert outside(values, "output_layer", "self_attention.linear_proj", "self_attention") == {}
     assert values["decoder.layers.0.self_attention.linear_qkv"] == pytest.approx(1, abs=0.1)
     stream = [values[f"decoder.layers.{n}"] for n in range(4)]
     assert stream == pytest.approx([1] * 4, abs=0.05)
+    shares = {name: gradient / gradients["decoder"] for name, gradient in gradients.items()}
+    assert outside(shares, "output_layer", "linear_qkv", "linear_fc1", "post_", ".weight") == {}
 
 
 def test_standard_starts_elsewhere(lone_mesh):

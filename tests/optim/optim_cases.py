@@ -51,6 +51,7 @@ def model_metas() -> list[ParamMeta]:
         meta("head", Role.READOUT, (22, 12), tp_dim=0, layer=None),
         meta("final_norm", Role.NORM, (12,), layer=None),
         meta("short", Role.ATTENTION_OUTPUT, (2, 12), tp_dim=1),
+        meta("odd", Role.ATTENTION_OUTPUT, (7, 12), tp_dim=1),
     ]
     for layer in range(2):
         facts = {"layer": layer}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from optim_cases import alone, meta, numbers
@@ -17,10 +19,10 @@ def tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
 
 
-def build(dtype: torch.dtype = torch.float32):
+def build(dtype: torch.dtype = torch.float32, settings: AdamWSettings = SETTINGS):
     params = [alone(meta(f"p{i}", Role.NORM, tuple(t.shape)), t) for i, t in enumerate(tensors(0, dtype))]
     scalings = [numbers("adam", lr, decay, eps) for lr, decay, eps in RATES]
-    return params, AdamW(list(zip(params, scalings, strict=True)), SETTINGS)
+    return params, AdamW(list(zip(params, scalings, strict=True)), settings)
 
 
 def run(params, optimizer, steps: range, dtype: torch.dtype = torch.float32) -> None:
@@ -103,3 +105,30 @@ def test_missing_gradient_is_named():
     _, optimizer = build()
     with pytest.raises(RuntimeError, match="p0"):
         optimizer.step(1.0)
+
+
+def test_moments_in_bf16_under_weights_in_fp32():
+    bf16 = replace(SETTINGS, dtypes=(torch.bfloat16, torch.bfloat16))
+    params, optimizer = build(settings=bf16)
+    exact, reference = build()
+    for step in range(5):
+        run(params, optimizer, range(step, step + 1))
+        run(exact, reference, range(step, step + 1))
+        want = reference.state_tensors()
+        for key, (_, moment) in optimizer.state_tensors().items():
+            assert moment.dtype == torch.bfloat16
+            # Each step rounds once.
+            torch.testing.assert_close(moment.float(), want[key][1], rtol=0.01, atol=1e-3)
+            moment.copy_(want[key][1])
+        for param, other in zip(params, exact, strict=True):
+            torch.testing.assert_close(param.value, other.value, rtol=0, atol=3e-4 * (step + 1))
+            assert step or torch.allclose(param.value, other.value, rtol=0, atol=1e-6), "the first begins with zeros"
+
+
+def test_of_one_precision_the_plain_formula_is_the_same_step():
+    params, optimizer = build(settings=replace(SETTINGS, dtypes=(None, torch.float64)))
+    exact, reference = build()
+    run(params, optimizer, range(3))
+    run(exact, reference, range(3))
+    for param, other in zip(params, exact, strict=True):
+        torch.testing.assert_close(param.value, other.value, rtol=1e-6, atol=1e-6)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from optim_cases import GATE_UP_BLOCKS, QKV_BLOCKS
 
-from megatron_mup.optim.batches import Run, make_batches, pieces_of_parcel, pieces_of_runs, runs_of_block, windows
+from megatron_mup.kernels.shards import Pieces, move
+from megatron_mup.optim import batches
+from megatron_mup.optim.batches import Run, make_batches, pieces_of_parcel, pieces_of_runs, runs_of_block
 from megatron_mup.optim.exchange import Load
 from megatron_mup.optim.matrix import take_block
 from megatron_mup.parametrization.meta import Block
@@ -53,15 +55,14 @@ def test_shards_to_batches_and_back(blocks, cut):
     assert load.counts == tuple(height * width for _, (height, width) in shards)
     buffer = torch.cat([tensor[r : r + h, c : c + w].reshape(-1) for (r, c), (h, w) in shards])
     runs = runs_of(blocks, 32)
-    batches = [torch.full((sum(r.count for r in own), COLUMNS), -1.0) for own in runs.values()]
     every = {"w": [r for own in runs.values() for r in own]}
-    whole, parts = windows(batches, every, load.parcels, buffer)
-    torch._foreach_copy_(whole, parts)
-    for block, batch in zip(blocks, batches, strict=True):
-        assert torch.equal(batch, take_block(tensor, block).reshape(-1, COLUMNS))
     back = torch.full_like(buffer, -1.0)
-    whole, parts = windows(batches, every, load.parcels, back)
-    torch._foreach_copy_(parts, whole)
+    for number, (block, own) in enumerate(zip(blocks, runs.values(), strict=True)):
+        batch = torch.full((sum(r.count for r in own) * COLUMNS,), -1.0)
+        pieces = batches.arriving_pieces(number, COLUMNS, every, load.parcels)
+        move(buffer, batch, Pieces(pieces, batch.device))
+        assert torch.equal(batch, take_block(tensor, block).reshape(-1))
+        move(batch, back, Pieces(batches.turned(pieces), batch.device))
     assert torch.equal(back, buffer)
     numbers = torch.full((32,), -1)
     for own in runs.values():
@@ -80,11 +81,11 @@ def test_shards_to_batches_and_back(blocks, cut):
 def test_batches_hold_equal_shapes_up_to_a_limit():
     shapes = {("a", 0): (4, 8), ("a", 1): (2, 8), ("b", 0): (4, 8), ("c", 0): (4, 8), ("d", 0): (2, 8)}
     counts = dict.fromkeys(shapes, 1) | {("c", 0): 5}
-    batches = make_batches(shapes, counts, {(4, 8): 2, (2, 8): 1})
-    assert [batch.places for batch in batches] == [
+    made = make_batches(shapes, counts, {(4, 8): 2, (2, 8): 1})
+    assert [batch.places for batch in made] == [
         (("a", 0), ("b", 0)),
         (("c", 0),),
         (("a", 1),),
         (("d", 0),),
     ]
-    assert [batch.numel for batch in batches] == [64, 160, 16, 16]
+    assert [batch.numel for batch in made] == [64, 160, 16, 16]

@@ -10,6 +10,7 @@ from megatron_mup.config import Config, OptimizerConfig
 from megatron_mup.optim.build import MATRIX_OPTIMIZERS, build_matrix
 from megatron_mup.optim.coefficients import coefficient_schedule
 from megatron_mup.optim.main_params import MainParam
+from megatron_mup.optim.muon import update_scale
 from megatron_mup.optim.newton_schulz import orthonormalize
 from megatron_mup.parametrization.meta import Role
 
@@ -84,8 +85,8 @@ def params_on(device: str) -> list[MainParam]:
     return [alone(m, torch.randn(m.shape, generator=generator).to(device)) for m in facts]
 
 
-def built(name: str, params: list[MainParam], dtype: str, lr: float = 0.02):
-    config = Config(optimizer=OptimizerConfig(optimizer=name, muon_ns_dtype=dtype))
+def built(name: str, params: list[MainParam], dtype: str, lr: float = 0.02, **flags):
+    config = Config(optimizer=OptimizerConfig(optimizer=name, muon_ns_dtype=dtype, **flags))
     scaled = [(param, numbers(name, lr=lr, weight_decay=0.0)) for param in params]
     return build_matrix(name, scaled, config, None, params[0].value.device)
 
@@ -122,3 +123,38 @@ def test_what_has_no_gradient_does_not_move(name, dtype):
     for param, old in zip(params, before, strict=True):
         assert param.value.isfinite().all()
         assert (param.value - old).norm() > 1e-3
+
+
+def moved(name: str, **flags) -> list[torch.Tensor]:
+    """How far three steps take each matrix."""
+    params = params_on("cpu")
+    optimizer = built(name, params, "fp32", **flags)
+    start = [param.value.clone() for param in params]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = torch.randn(param.value.shape, generator=generator)
+        optimizer.step(1.0)
+    return [param.value - old for param, old in zip(params, start, strict=True)]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("name", [name for name in MATRIX_OPTIMIZERS if name != "dion"])
+def test_both_kinds_of_momentum_take_the_same_steps(name, nesterov):
+    """Dion has one kind."""
+    average, total = (moved(name, muon_momentum_style=s, muon_nesterov=nesterov) for s in ("ema", "sum"))
+    for got, want in zip(total, average, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * want.abs().max().item())
+    other = moved(name, muon_momentum_style="ema", muon_nesterov=not nesterov)
+    assert torch.equal(other[0], average[0]) is (name == "scion"), "Scion has no Nesterov form"
+
+
+@pytest.mark.parametrize("mode", ["unit_rms_norm", "shape_scaling", "match_rms_adamw"])
+@pytest.mark.parametrize("name", ["muon", "normuon", "dion"])
+def test_scale_modes_scale_the_step(name, mode):
+    """By the logical shape: gate and up of the first tensor are matrices of their own."""
+    shapes = [(20, 12), (12, 20), (2, 12)]
+    got, want = (moved(name, muon_scale_mode=m, muon_extra_scale_factor=f) for m, f in ((mode, 0.5), ("spectral", 1.0)))
+    for shape, one, other in zip(shapes, got, want, strict=True):
+        factor = 0.5 * update_scale(mode, *shape) / update_scale("spectral", *shape)
+        torch.testing.assert_close(one, factor * other, rtol=0, atol=1e-5 * other.abs().max().item())

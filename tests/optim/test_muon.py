@@ -124,17 +124,23 @@ def test_blocks_that_leave_rows_out():
         logical_blocks(meta("b", Role.BIAS, (4,)), MuonSettings())
 
 
-def test_bf16_parameters_keep_bf16_momentum_and_round_once():
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_bf16_parameters_keep_bf16_momentum_and_round_once(nesterov):
+    """`torch.optim.Muon` has overwritten a bf16 momentum by the update's first iterate, without Nesterov."""
     value = torch.randn(8, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     grad = torch.randn(8, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
     param = alone(meta("w", Role.MLP_OUT, (8, 24)), value)
     param.grad = grad.clone()
-    optimizer = Muon([(param, numbers(lr=0.1, weight_decay=0.5))], MuonSettings(ns_dtype=torch.bfloat16), None)
+    optimizer = Muon(
+        [(param, numbers(lr=0.1, weight_decay=0.5))], MuonSettings(ns_dtype=torch.bfloat16, nesterov=nesterov), None
+    )
     optimizer.step(1.0)
     (_, momentum), *_ = optimizer.state_tensors().values()
     assert momentum.dtype is param.value.dtype is torch.bfloat16
     assert torch.equal(param.grad, grad)
-    update = orthonormalize(momentum.lerp(grad, 0.05), dtype=torch.bfloat16).float() / math.sqrt(3)
+    torch.testing.assert_close(momentum, 0.05 * grad)
+    used = momentum.lerp(grad, 0.05) if nesterov else momentum
+    update = orthonormalize(used, dtype=torch.bfloat16).float() / math.sqrt(3)
     want = value.float() * (1 - 0.1 * 0.5) - 0.1 * update
     torch.testing.assert_close(param.value.float(), want, atol=1e-2, rtol=2**-8)
 

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import pytest
-from optim_cases import GATE_UP_BLOCKS, meta
+import torch
+import torch.distributed as dist
+from optim_cases import GATE_UP_BLOCKS, alone, meta, numbers
 
+from megatron_mup.config import Config
 from megatron_mup.optim import planner
+from megatron_mup.optim.muon import Muon, MuonSettings
 from megatron_mup.optim.planner import describe, make_plan, newton_schulz_cost
+from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import Block, Role
 
 
@@ -58,3 +63,20 @@ def test_description():
 def test_every_rank_may_be_idle(ranks):
     assert plan_of([], ranks).loads() == [0.0] * ranks
     assert plan_of([(2, 2)], ranks).loads()[0] > 0
+
+
+def complaint(shapes: list[tuple[int, int]]) -> str:
+    """What an optimizer says on a rank that holds a matrix of its own shape."""
+    mesh = Mesh.build(Config(), torch.device("cpu"))
+    facts = meta("w", Role.MLP_OUT, shapes[dist.get_rank()])
+    try:
+        Muon([(alone(facts, torch.zeros(facts.shape)), numbers())], MuonSettings(), mesh)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_compare_their_plans(pool):
+    assert pool.run(2, complaint, [(4, 6), (4, 6)]) == ["", ""]
+    for said in pool.run(2, complaint, [(4, 6), (4, 8)]):
+        assert "ranks disagree on the optimizer plan" in said

@@ -12,6 +12,7 @@ from optim_cases import alone, meta, numbers
 from megatron_mup.config import Config, ConfigError, OptimizerConfig, ParametrizationConfig
 from megatron_mup.config.rules import check_optimizer, check_parametrization
 from megatron_mup.config.unused import unused
+from megatron_mup.optim.build import MATRIX_OPTIMIZERS
 from megatron_mup.optim.muon import Muon
 from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.optim.scalar import (
@@ -166,7 +167,7 @@ def of(**flags: object) -> Config:
 
 
 @pytest.mark.parametrize("rest", ["adam", "lion", "adam_atan2", "ademamix"])
-@pytest.mark.parametrize("name", ["muon", "normuon", "muonsphere", "spectral_sphere", "scion"])
+@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
 def test_routing(lone_mesh, name, rest):
     config = of(optimizer=name, scalar_optimizer=rest, lr=1e-3, muon_lr=2e-2, ademamix_warmup_iters=3)
     roles = {

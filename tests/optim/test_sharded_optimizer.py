@@ -22,8 +22,8 @@ from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.parallel.mesh import AXES, Mesh
 from megatron_mup.parametrization.meta import ParamMeta
 
-# (pp, tp, dp_replicate, dp_shard) by world size. "short" has 2 rows: with 4 data shards two ranks hold none of it; the
-# embedding's 22 rows and the norms' 12 don't divide evenly.
+# (pp, tp, dp_replicate, dp_shard) by world size. "short" has 2 rows: with 4 data shards two ranks hold none of it;
+# the 7 of "odd", the embedding's 22 and the norms' 12 don't divide evenly.
 LAYOUTS = {
     2: [(1, 2, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)],
     4: [(1, 4, 1, 1), (1, 1, 1, 4), (1, 2, 1, 2), (1, 2, 2, 1), (1, 1, 2, 2), (2, 2, 1, 1), (2, 1, 1, 2)],

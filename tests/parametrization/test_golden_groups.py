@@ -2,7 +2,8 @@
 
 microsoft/mup 1981497: MuAdamW(lr=0.01, weight_decay=0.1) and ``mup.init.normal_(std=0.02)`` over a base of hidden 64,
 MLP 128, for hidden 256, MLP 1024. EleutherAI/nanoGPT-mup 6f8bc3b (branch completep): ``configure_optimizers(0.1, 0.004,
-(0.9, 0.95), 1e-12)`` for width multiplier 8, depth multiplier 6.
+(0.9, 0.95), 1e-12)`` for width multiplier 8, depth multiplier 6. graphcore-research/unit-scaling 0.3.5:
+``optim.scaled_parameters(lr_scale_func_adam, lr=0.3, weight_decay=0.01)`` for ``TransformerDecoder(48, 96, layers=3)``.
 """
 
 from __future__ import annotations
@@ -77,3 +78,19 @@ def test_groups_of_nanogpt_completep(alpha, branch, hidden_lr, vector_lr, eps):
     factors = forward_multipliers(config)
     assert (factors.attention_branch, factors.mlp_branch) == pytest.approx((branch, branch), rel=1e-6)
     assert factors.logits == pytest.approx(1 / 8, rel=1e-6)
+
+
+def test_groups_of_unit_scaling():
+    _, rows = numbers(
+        "--num-layers 3 --hidden-size 48 --ffn-hidden-size 192 --num-attention-heads 4 --swiglu --disable-bias-linear",
+        "--parametrization umup --untie-embeddings-and-output-weights --no-norm-affine --decay-embeddings",
+        "--lr 0.3 --weight-decay 0.01",
+    )
+    assert {name: (row.lr, row.weight_decay) for name, row in rows.items()} == {
+        "embedding.word_embeddings.weight": pytest.approx((0.043301270189221926, 0.23094010767585035), rel=1e-6),
+        "self_attention.linear_qkv.weight": pytest.approx((0.025, 0.4), rel=1e-6),
+        "self_attention.linear_proj.weight": pytest.approx((0.025, 0.4), rel=1e-6),
+        "mlp.linear_fc1.weight": pytest.approx((0.025, 0.4), rel=1e-6),
+        "mlp.linear_fc2.weight": pytest.approx((0.0125, 0.8), rel=1e-6),
+        "output_layer.weight": pytest.approx((0.3, 0.03333333333333333), rel=1e-6),
+    }

@@ -218,6 +218,22 @@ def test_plain_schemes_store_hidden_matrices_as_they_act(grown, name):
     assert all(scaling(case.metas[key], case.config).stored == 1 for key in HIDDEN)
 
 
+# ---- Experts
+
+
+@pytest.mark.parametrize("name", ["mup", "depth-mup", "completep", "spectral"])
+def test_router_rules(grown_with_experts, name):
+    """Reference 6.1: Megatron's router starts as a hidden matrix, MSSP's at zero; learning rates are 1/m in all."""
+    alpha = {"depth-mup": 0.5, "completep": 1.0}.get(name)
+    depth_lr, depth_eps = (1.0, 1.0) if alpha is None else (M_L ** (alpha - 1), M_L**-alpha)
+    plain = under(grown_with_experts, name)
+    for rule, std in (("output", SIGMA / M_N), ("hidden", SIGMA / sqrt(M_N)), ("zero", 0.0)):
+        case = plain.change(parametrization={"mup_router_rule": rule})
+        check(case, {"router": (std, ETA / M_N * depth_lr, LAMBDA * M_N, EPS * depth_eps)})
+        others = [meta for key, meta in case.metas.items() if key != "router"]
+        assert all(scaling(meta, case.config) == scaling(meta, plain.config) for meta in others)
+
+
 # ---- Weight decay
 
 

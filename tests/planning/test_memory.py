@@ -16,9 +16,10 @@ from megatron_mup.optim.clip import scale_grads
 from megatron_mup.optim.main_params import local_part
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.planning.cut import Cut
-from megatron_mup.planning.hardware import GIB
+from megatron_mup.planning.hardware import GIB, HARDWARE
 from megatron_mup.planning.inventory import Inventory, parameters
 from megatron_mup.planning.memory import fullest_state, stage_memory, stage_plan, state_bytes
+from megatron_mup.planning.speed import stage_seconds, traffic
 from tests.runs import VOCAB_SIZE, batch_of, config_of, step_of, words
 
 fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
@@ -145,11 +146,12 @@ MEASURED = {
     "dense-1b --cross-entropy-fusion-impl linear": (1, 16.86),
     "dense-1b --micro-batch-size 4 --recompute-granularity full": (1, 9.91),
     "dense-1b --micro-batch-size 4 --recompute-granularity selective": (1, 20.2),
+    "dense-1b --micro-batch-size 4 --activation-memory-budget 0.7": (1, 20.2),
     "dense-1b --use-torch-fsdp2": (2, 14.10),
     "dense-1b --pipeline-model-parallel-size 2 --global-batch-size 16": (2, 14.68),
     "block-8b --tensor-model-parallel-size 2 --sequence-parallel": (2, 6.3),
 }
-"""GPUs and peaks in GiB of presets with further flags: benchmarks/results/plan_memory_h100.md."""
+"""GPUs and peaks in GiB of presets with further flags: benchmarks/results/plan_memory_h100.md, train_step_h100.md."""
 
 
 @pytest.mark.parametrize("flags", MEASURED)
@@ -169,6 +171,22 @@ def test_many_homes_share_what_they_keep_evenly():
     assert fullest_state(inventory, cut, 0) == pytest.approx(exact, rel=0.1)
 
 
+def test_replicas_that_keep_dions_momentum_of_their_own_gradients():
+    """Each replica has all of it, and factors travel in the place of gradients."""
+    flags = "--optimizer dion --clip-grad 0 --micro-batch-size 1 --swiglu"
+    plain, compressed = config_of(flags), config_of(flags, "--dion-compressed-sync")
+    inventory, hardware = Inventory.of(compressed, VOCAB_SIZE), HARDWARE["h100"]
+    alone, pair, shared = Cut.of(plain, 1), Cut.of(compressed, 2), Cut.of(plain, 2)
+    assert fullest_state(inventory, pair, 0) == fullest_state(inventory, alone, 0) > fullest_state(inventory, shared, 0)
+    axes, others = (traffic(c, inventory, cut, hardware, 1.0) for c, cut in ((compressed, pair), (plain, shared)))
+    matrices = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert others["data, replicas"].sent - axes["data, replicas"].sent == 4 * matrices
+    # Both factors of rank 8, in bf16: what `CompressedDion.describe_sync` counts.
+    assert axes["factors"].sent == 2 * 2 * 8 * (4 * (32 + 32) + 3 * (32 + 64))
+    assert "optimizer" not in axes
+    assert "factors" not in others
+
+
 def test_front_stages_hold_more_micro_batches():
     flags = "--pipeline-model-parallel-size 4 --num-layers 8 --global-batch-size 16"
     config = parse_config(words(flags)).config
@@ -184,3 +202,33 @@ def test_gradients_of_several_micro_batches_stay_whole_under_fsdp():
     small, large = (stage_memory(c, inventory, Cut.of(c, 2), 0, VOCAB_SIZE) for c in (one, many))
     assert small.unreduced == 0
     assert large.unreduced == 4 * parameters(inventory.whole())
+
+
+def test_a_memory_budget_costs_what_is_recomputed():
+    def seconds(more: str) -> float:
+        config = parse_config([*preset("dense-1b"), *f"--micro-batch-size 4 {more}".split()]).config
+        return stage_seconds(config, Cut.of(config, 1), 0, PRESET_VOCAB, HARDWARE["h100"])
+
+    budgets = [seconds(f"--activation-memory-budget {budget}") for budget in (1, 0.7, 0.5, 0.2, 0)]
+    assert budgets == sorted(set(budgets))
+    # At first it is elementwise work, at last all of the layer.
+    assert seconds("") == budgets[0]
+    assert seconds("--recompute-granularity selective") == budgets[1]
+    assert seconds("--recompute-granularity full") == pytest.approx(budgets[-1], rel=0.05)
+
+
+def test_static_fp8_keeps_casts_of_the_weights_it_multiplies_until_backward():
+    flags = "--parametrization umup --untie-embeddings-and-output-weights --disable-bias-linear --no-norm-affine"
+    layer = sum(h.meta.numel for h in Inventory.of(config_of(flags), VOCAB_SIZE).kinds[0] if len(h.meta.shape) == 2)
+
+    def activations(*more: str, world_size: int = 1) -> float:
+        config = config_of(flags, *more)
+        cut = Cut.of(config, world_size)
+        return stage_memory(config, Inventory.of(config, VOCAB_SIZE), cut, 0, VOCAB_SIZE).activations
+
+    fp8 = "--fp8-format e4m3"
+    assert activations(fp8) - activations() == 2 * layer
+    assert activations(fp8, "--first-last-layers-bf16 --num-layers-at-end-in-bf16 0") - activations() == layer
+    assert 0 < activations(fp8, "--fp8-critical-bf16") - activations() < 2 * layer
+    # Where a rank holds a part of the weights, their casts are made anew.
+    assert activations(fp8, world_size=2) == activations(world_size=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def test_costs_are_against_the_standard_of_the_same_round(monkeypatch):
     assert found["mup"]["cost_percent"] == pytest.approx(1, abs=0.05)
     low, high = found["mup"]["interval_95_percent"]
     assert 0.9 < low < found["mup"]["cost_percent"] < high < 1.1
+    assert statistics.median(found["mup"]["cost_percent_by_round"]) == found["mup"]["cost_percent"]
 
 
 @pytest.mark.long
@@ -50,3 +52,16 @@ def test_parametrizations_in_turn():
     rows = lines("multipliers.py", "--global-batch-size 2 --rounds 2 --steps-per-turn 1 --width-ratio 2")
     assert [row["parametrization"] for row in rows] == ["standard", "standard again", "mup", "completep"]
     assert all(row["ms_per_step"] > 0 and row["rounds"] == 2 for row in rows)
+
+
+def test_rounds_end_in_time(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    multipliers = importlib.import_module("multipliers")
+
+    class Nothing:
+        def take(self, count: int) -> None:
+            pass
+
+    models = {"standard": Nothing(), "mup": Nothing()}
+    assert len(multipliers.rounds(models, 3, 1, False)["mup"]) == 3
+    assert len(multipliers.rounds(models, 3, 1, False, deadline=0.0)["mup"]) == 1

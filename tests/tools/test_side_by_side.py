@@ -21,7 +21,7 @@ def test_every_run_is_kept_and_failures_are_rows(tmp_path):
     program.write_text(YARDSTICK)
     args = argparse.Namespace(yardstick=str(program), peers=["megatron-core"])
     # A flag that there is not: ours fails at once, with its message.
-    rows = compare("toy", "fp32-master", args, ["--no-such-flag"], Runner(raw))
+    rows = list(compare("toy", "fp32-master", args, ["--no-such-flag"], Runner(raw)))
     assert [row["who"] for row in rows] == ["yardstick, before", "megatron_mup", "megatron-core", "yardstick, after"]
     assert rows[0]["asked"] == ["--preset", "toy", "--json", "--fp32-master"]
     assert "--main-params-dtype fp32 --no-such-flag" in rows[1]["command"]

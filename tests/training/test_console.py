@@ -48,6 +48,12 @@ def test_log_line(capsys):
         assert f"| {part}" in line
 
 
+def test_small_models_have_digits(capsys):
+    LogLines(100).interval(replace(INTERVAL, tflops={"causal half": 0.0021649}, mfu={"causal half": 0.000012345}))
+    line = capsys.readouterr().out
+    assert "TFLOP/s per device (causal half): 0.00216 | MFU (causal half): 0.00123% |" in line
+
+
 def test_log_line_of_one_learning_rate_without_peak(capsys):
     LogLines(100).interval(replace(INTERVAL, learning_rates={"a": 1e-3, "b": 1e-3}, mfu={}))
     line = capsys.readouterr().out

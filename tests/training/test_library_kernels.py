@@ -36,7 +36,9 @@ def test_not_without_the_library(monkeypatch, library, module):
 def test_fused_adam_keeps_its_moments_in_fp32():
     with pytest.raises(ConfigError, match=r"--adam-impl apex.*--main-params-dtype bf16.*moments in fp32"):
         validate(parse_config(words("--adam-impl apex --bf16 --main-params-dtype bf16")).config, 1)
-    validate(parse_config(words("--adam-impl apex --bf16")).config, 1)
+    with pytest.raises(ConfigError, match=r"--adam-impl apex, --exp-avg-dtype bf16: .*moments in fp32"):
+        validate(parse_config(words("--adam-impl apex --exp-avg-dtype bf16")).config, 1)
+    validate(parse_config(words("--adam-impl apex --bf16 --exp-avg-sq-dtype fp32")).config, 1)
 
 
 def test_unused_where_nothing_is_trained_by_adamw():

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from megatron_mup.layers.loss import IGNORE
+from megatron_mup.optim.adamw import AdamW
 from megatron_mup.optim.clip import clip_factor, scale_grads
 from megatron_mup.optim.main_params import local_part
+from megatron_mup.training.step import Gate, always
 from tests.runs import batch_of, config_of, relative_error, step_of, values
 
 
@@ -77,6 +79,34 @@ def test_evaluation_has_no_dropout_and_leaves_no_gradient(lone_mesh):
     torch.testing.assert_close(dropping.evaluate(batch), plain.evaluate(batch))
     assert all(param.grad is None for param in dropping.model.parameters())
     assert abs(dropping(batch, 1.0).loss - plain(batch, 1.0).loss) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--parametrization umup --disable-bias-linear --untie-embeddings-and-output-weights"]
+)
+def test_the_norm_may_come_with_the_update(lone_mesh, monkeypatch, flags):
+    """AdamW's kernel finds squares on its way where nothing waits for the norm: the same norm, and no pass for it."""
+    plain = AdamW.step
+
+    def measuring(self, factor, scale=None, measure=False):
+        if measure:
+            for param in self._params:
+                param.square = param.grad.square().sum()
+        plain(self, factor, scale)
+        if measure:
+            monkeypatch.setattr(torch, "_foreach_norm", None)  # from here on nobody may look at gradients again
+
+    def norm_and_weights(clip: str, gate: Gate = always):
+        step = step_of(config_of(flags, "--clip-grad", clip), lone_mesh)
+        return step(batch_of(step.config), 1.0, gate=gate).grad_norm, values(step)
+
+    want, weights = norm_and_weights("1e9")
+    monkeypatch.setattr(AdamW, "measures", True)
+    monkeypatch.setattr(AdamW, "step", measuring)
+    torch.testing.assert_close(norm_and_weights("0", lambda _loss, norm: bool(norm == want))[0], want)
+    got, changed = norm_and_weights("0")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    assert all(torch.equal(value, weights[name]) for name, value in changed.items())
 
 
 def test_bf16_keeps_fp32_copies(lone_mesh):

@@ -7,22 +7,16 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.coordinates import PLANS, TOY, cases
+from benchmarks.coordinates import SCHEMES as SCHEME_FLAGS
 from megatron_mup.config import ConfigError, parse_config
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization import table
 from megatron_mup.parametrization.schemes import SCHEMES, Attention, Kind, Ratios, Scheme
-from megatron_mup.transfer.check import CheckPlan, check_plan, exponents_of, promises
+from megatron_mup.transfer.check import CheckPlan, check_plan, exponents_of
 from megatron_mup.transfer.coordinates import EPSILON, UPDATE, VECTOR_CHANGE, measure_sizes
 from megatron_mup.transfer.verdict import Verdict, judge
 
-TOY = (
-    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 128 --swiglu "
-    "--disable-bias-linear --untie-embeddings-and-output-weights --seq-length 16 --vocab-size 64 "
-    "--make-vocab-size-divisible-by 8 --micro-batch-size 2 --global-batch-size 2 --mock-data --num-workers 0 "
-    "--init-method-std 0.1 --embedding-init-method-std 0.3 --weight-decay 0 --lr 1e-2 --muon-lr 2e-2 "
-    "--sphere-solver-steps 3"
-)
-"""Few tokens, so that gradients are of low rank and small widths are near their limit."""
 WIDTH = CheckPlan(widths=(64, 128, 256), depths=(2,), steps=4)
 DEPTH = CheckPlan(widths=(64,), depths=(2, 4, 8, 16), steps=6)
 
@@ -49,34 +43,19 @@ def test_passes(lone_mesh, plan, optimizer):
 
 
 def test_passes_on_the_sphere(lone_mesh):
-    plan = replace(WIDTH, widths=(64, 128))
+    plan = replace(WIDTH, widths=(64, 128), depths=(1,))
     assert failures(verdicts(lone_mesh, plan, "--parametrization completep --optimizer spectral_sphere")) == []
 
 
-POST_NORM = " --norm-position post-branch"
-OPTIMIZERS = ("adam", "muon", "spectral_sphere")
-LARGE = {
-    "width": replace(WIDTH, widths=(128, 256, 512, 1024, 2048)),
-    "depth": replace(DEPTH, depths=(2, 4, 8, 16, 32, 64)),
-    "both": replace(DEPTH, widths=(64, 128, 256), depths=(2, 4, 8, 16)),
-}
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("scheme", ["mup", "completep", "umup", "munit", "spectral"])
-@pytest.mark.parametrize("plan", LARGE)
-def test_grid(lone_mesh, plan, scheme, optimizer):
-    """Schemes and optimizers over sizes that they promise; the sphere, which is slow, over fewer."""
-    chosen = LARGE[plan]
-    if optimizer == "spectral_sphere":
-        chosen = replace(chosen, widths=chosen.widths[:3], depths=chosen.depths[:4])
-    # u-muP's learning rates are near 1: at a hundredth of that logits stay what the first weights make of them.
-    own = {"munit": f"{POST_NORM} --residual-tau 0.4", "umup": "--lr 0.1"}.get(scheme, "")
-    flags = f"--parametrization {scheme} --optimizer {optimizer} {own}"
-    if plan != "width" and "depth" not in promises(parse_config(flags.split()).config):
-        pytest.skip(f"{scheme} promises nothing over depth")
-    assert failures(verdicts(lone_mesh, chosen, flags)) == []
+@pytest.mark.parametrize("case", [case for case in cases() if case.parametrization != "standard"], ids=str)
+def test_grid(lone_mesh, case):
+    """Schemes and optimizers over sizes that they promise; the sphere, of which a core takes long, over fewer, and over
+    all in tests/gpu."""
+    plan = PLANS[case.axis]
+    if case.optimizer == "spectral_sphere":
+        plan = replace(plan, widths=plan.widths[:3], depths=plan.depths[:5])
+    assert failures(case.run(lone_mesh, plan)) == []
 
 
 @pytest.mark.parametrize("plan", [WIDTH, DEPTH], ids=["width", "depth"])
@@ -136,6 +115,48 @@ def test_every_broken_rule_is_seen(lone_mesh, monkeypatch, plan, change, quantit
     assert any(line.startswith(f"{quantity} of {name}") for line in failed), failed
 
 
+EPSILONS = [(kind, "eps", WIDTH, EPSILON, EPSILON_OF[kind]) for kind in EPSILON_OF]
+HIDDEN = [
+    (Kind.HIDDEN, "lr_width", WIDTH, UPDATE, "mlp.linear_fc1"),
+    (Kind.HIDDEN, "stored", WIDTH, UPDATE, "self_attention.linear_qkv"),
+]
+OTHERS = {
+    "spectral": [
+        HIDDEN[0],
+        *EPSILONS[:-1],
+        (Kind.HIDDEN, "init", WIDTH, "activation", "mlp.linear_fc1"),
+        (Kind.READOUT, "lr_width", WIDTH, UPDATE, "logits"),
+        (Kind.READOUT, "init", WIDTH, "activation", "logits"),
+    ],
+    # Its epsilon falls with what is stored alone, by half an exponent.
+    "umup": [
+        *HIDDEN,
+        (Kind.HIDDEN, "eps", replace(WIDTH, tolerance=0.2), EPSILON, "qkv"),
+        (Kind.HIDDEN, "lr_depth", DEPTH, UPDATE, "self_attention.linear_qkv"),
+        (Kind.BLOCK_VECTOR, "lr_depth", DEPTH, VECTOR_CHANGE, "norm"),
+        (None, "logits", WIDTH, UPDATE, "logits"),
+    ],
+    "munit": [*HIDDEN, *EPSILONS, (None, "logits", WIDTH, UPDATE, "logits")],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("scheme", "kind", "cell", "plan", "quantity", "name"),
+    [
+        pytest.param(scheme, *rule, id=f"{scheme} {rule[0] or ''} {rule[1]}")
+        for scheme, rules in OTHERS.items()
+        for rule in rules
+    ],
+)
+def test_every_broken_rule_of_other_schemes_is_seen(lone_mesh, monkeypatch, scheme, kind, cell, plan, quantity, name):
+    """All cells that aren't 1 but that of u-muP's embedding, a finding of the paper: either slope is accepted."""
+    change = without(kind, cell) if kind else lambda s: replace(s, logits=one)
+    monkeypatch.setattr(table, "SCHEMES", {**SCHEMES, scheme: change(SCHEMES[scheme])})
+    failed = failures(verdicts(lone_mesh, plan, f"--parametrization {scheme}", SCHEME_FLAGS[scheme]))
+    assert any(line.startswith(f"{quantity} of {name}") for line in failed), failed
+
+
 def test_the_unbroken_scheme_passes(lone_mesh):
     flags = "--parametrization completep --depth-alpha 0.5 --qk-layernorm"
     assert failures(verdicts(lone_mesh, DEPTH, flags)) == []
@@ -161,6 +182,15 @@ ROUTED_LARGE = {
 @pytest.mark.parametrize("plan", [WIDTH, EXPERTS], ids=["width", "experts"])
 def test_experts_pass(lone_mesh, plan, optimizer):
     flags = f"{ROUTED} --parametrization completep --optimizer {optimizer}"
+    assert failures(verdicts(lone_mesh, plan, flags)) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rule", ["hidden", "zero"])
+def test_other_rules_of_routers_pass(lone_mesh, rule):
+    """Over width: of a router that starts at zero the first step's choice is the same experts for all tokens."""
+    plan = replace(WIDTH, widths=(64, 128, 256, 512), tolerance=0.3)
+    flags = f"{ROUTED} --parametrization completep --mup-router-rule {rule}"
     assert failures(verdicts(lone_mesh, plan, flags)) == []
 
 

@@ -14,7 +14,7 @@ from megatron_mup.transfer.optimum import Optimum, find_drift, find_optima, find
 from megatron_mup.transfer.proxy import claims, make_proxy
 from megatron_mup.transfer.sizes import pin_base, resize
 from megatron_mup.transfer.sweep import GridAxis, SweepPlan, findings, format_findings, share, wanted
-from megatron_mup.transfer.telescope import TelescopePlan, telescope
+from megatron_mup.transfer.telescope import TelescopePlan, format_levels, telescope
 from megatron_mup.transfer.trials import DIVERGED, FAILED, FINISHED, Results, Trial, configured, digest
 
 ROOT2 = math.sqrt(2)
@@ -226,6 +226,18 @@ def test_results_survive_a_torn_line_and_another_recipe(tmp_path):
     assert [json.loads(line)["trial"] for line in (tmp_path / "trials" / "b.jsonl").read_text().splitlines()] == ["w"]
 
 
+def test_jobs_of_an_array_share_the_round_of_the_first(tmp_path):
+    """The second job starts when the first has finished trials."""
+    plan, results = plan_of(), Results(tmp_path, "abc")
+    todo = wanted(plan, {})
+    first = share(results.agreed("job 7", todo), 0, 2)
+    later = wanted(plan, {trial.key: 3.0 for trial in first[:5]})
+    second = share(Results(tmp_path, "abc").agreed("job 7", later), 1, 2)
+    assert sorted([*first, *second]) == sorted(todo)
+    assert Results(tmp_path, "abc").agreed("job 8", later) == later
+    assert [path.suffix for path in (tmp_path / "rounds").iterdir()] == [".json", ".json"]
+
+
 def test_the_digest_sees_what_matters():
     base = digest(recipe())
     assert base == digest(recipe("--log-interval 3 --metrics-file x --data-cache-path y"))
@@ -268,6 +280,13 @@ def test_telescope_does_not_narrow_at_an_edge():
     assert [level.widened for level in levels] == [True, True, False]
     assert [(level.points, level.step) for level in levels] == [(4, 1.0), (4, 1.0), (4, 1.0)]
     assert levels[-1].winner == pytest.approx((3.0,), abs=0.5)
+    assert format_levels(plan, levels).count("so the next level is as wide") == 2
+
+
+def test_a_telescope_that_ends_at_an_edge_says_so():
+    plan = TelescopePlan(widths=(64,), num_layers=2, axes=(axis(-2, 1, 2.0),))
+    done = {trial.key: -trial.values[0][1] for trial in telescope(plan, {})[1]}
+    assert format_levels(plan, telescope(plan, done)[0]).endswith("on the edge of the grid, the optimum lies beyond")
 
 
 BIG = (
