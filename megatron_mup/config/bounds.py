@@ -175,7 +175,7 @@ BOUNDS: dict[str, Bound] = {
     "activation_memory_budget": Bound(0, 1),
     "manual_gc_interval": _FROM_ONE,
     "eval_interval": _FROM_ONE,
-    "eval_iters": _FROM_ONE,
+    "eval_iters": _FROM_ZERO,
     "eod_token_id": _FROM_ZERO,
     "num_workers": _FROM_ZERO,
     "save_interval": _FROM_ONE,

@@ -415,7 +415,7 @@ def check_data(config: Config) -> None:
     for name in paths:
         _check_blend(config, name)
     shares = _split(config)
-    if config.training.eval_interval is not None and not data.mock_data:
+    if config.training.evaluation_interval is not None and not data.mock_data:
         if data.train_data_path and not data.valid_data_path:
             raise ConfigError(
                 told(config, "eval_interval"), "there is no validation data", "give --valid-data-path, or drop it"

@@ -71,9 +71,14 @@ class TrainingConfig:
     eval_interval: int | None = None
     """Iterations between evaluations on the validation split."""
     eval_iters: int = 100
-    """Global batches per evaluation."""
+    """Global batches per evaluation; 0 evaluates nothing."""
     deterministic_mode: bool = False
     """Refuse kernels whose results differ between runs."""
+
+    @property
+    def evaluation_interval(self) -> int | None:
+        """Iterations between evaluations, None if there are none."""
+        return self.eval_interval if self.eval_iters else None
 
     @property
     def recompute(self) -> Literal["none", "full", "selective"]:

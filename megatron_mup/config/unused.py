@@ -162,9 +162,10 @@ def _run(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield ["activation_memory_budget"], not training.torch_compile, "only --torch-compile has a compiler to ask"
     yield ["manual_gc_interval"], not training.manual_gc, "there is no --manual-gc"
     yield _names("profile_"), not config.logging.profile, "there is no --profile"
-    yield ["eval_iters"], training.eval_interval is None, "without --eval-interval there is no evaluation"
-    idle_valid = training.eval_interval is None and bool(data.valid_data_path)
-    yield ["valid_data_path"], idle_valid, "without --eval-interval there is no evaluation"
+    unevaluated = "without --eval-interval there is no evaluation"
+    yield ["eval_iters"], training.eval_interval is None and training.eval_iters > 0, unevaluated
+    idle_valid = training.evaluation_interval is None and bool(data.valid_data_path)
+    yield ["valid_data_path"], idle_valid, unevaluated if training.eval_iters else "--eval-iters 0 evaluates nothing"
     yield ["split"], not data.data_path, "only --data-path is split"
     yield ["data_cache_path"], data.mock_data, "synthetic data has no cache"
     no_save, no_load = checkpoint.save is None, checkpoint.load is None

@@ -92,6 +92,14 @@ def shard_over_data(
             module.set_gradient_divide_factor(1.0)
 
 
+def transport_of_auto(config: Config, mesh: Mesh) -> str | None:
+    """What ``--fsdp-transport auto`` comes to in this run, in words; None where nothing asks for it. Collective."""
+    if config.parallel.fsdp_transport == "collective" or not uses_fsdp(config, mesh):
+        return None
+    within_reach = copy_engine.within_reach(mesh.group("dp_shard"), mesh.device)
+    return "copy engines" if within_reach else "collectives, for not all ranks read each other's memory"
+
+
 def use_copy_engines(
     model: nn.Module, layers: list[nn.Module], experts: list[nn.Module], config: Config, mesh: Mesh
 ) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_mup.config import Config, ConfigError, check_paths, parse_config, resolved, to_yaml, validate
 from megatron_mup.layers.attention import kernel_of_auto
 from megatron_mup.models.gpt import parameter_metas
-from megatron_mup.parallel.data_parallel import compute_dtype
+from megatron_mup.parallel.data_parallel import compute_dtype, transport_of_auto
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.report import format_table, table_rows
 from megatron_mup.training.deepspeed_engine import check_deepspeed
@@ -106,11 +106,15 @@ def _run(config: Config, device: torch.device, launch: Launch) -> int:
     torch.use_deterministic_algorithms(config.training.deterministic_mode)
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    trainer = Trainer(config, vocab_size, Mesh.build(config, device))
+    mesh = Mesh.build(config, device)
+    trainer = Trainer(config, vocab_size, mesh)
+    transport = transport_of_auto(config, mesh)
     if launch.rank == 0:
         print(scaling_tables(config, vocab_size))
         if (kernel := kernel_of_auto(config, device, compute_dtype(config))) is not None:
             print(f"attention runs on {kernel}")
+        if transport is not None:
+            print(f"FSDP2's messages go by {transport}")
         if config.optimizer.print_optimizer_plan:
             print(trainer.step.optimizer.plan())
     with trainer:

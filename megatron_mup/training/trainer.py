@@ -120,7 +120,7 @@ class Trainer:
                 if self._is_due(config.guard.check_weight_hash_across_dp_replicas_interval):
                     with self.watchdog.phase("comparing replicas"), metrics.pause("comparing replicas"):
                         check_replicas(self.step.main.params, self.mesh, done)
-                evaluated = self._is_due(training.eval_interval)
+                evaluated = self._is_due(training.evaluation_interval)
                 if evaluated:
                     self._evaluate(metrics)
                 if self._is_due(config.checkpoint.save_interval):
@@ -134,7 +134,7 @@ class Trainer:
                 if self._is_due(training.exit_interval):
                     break
             else:
-                if training.eval_interval and not evaluated:
+                if training.evaluation_interval and not evaluated:
                     self._evaluate(metrics)
             self._save(metrics)
             self.checkpointer.finish()
@@ -263,7 +263,8 @@ class Trainer:
     def _loaders(self) -> tuple[BatchLoader, BatchLoader | None]:
         training, data = self.config.training, self.config.data
         # Megatron's numbers: the sample order depends on them.
-        evaluations = self.length.iterations // training.eval_interval + 1 if training.eval_interval else 0
+        interval = training.evaluation_interval
+        evaluations = self.length.iterations // interval + 1 if interval else 0
         valid_samples = evaluations * training.eval_iters * self.ramp.full
         train, valid, _ = build_datasets(self.config, self.length.samples, valid_samples, 0, self.vocab_size)
 

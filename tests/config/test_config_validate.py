@@ -53,6 +53,8 @@ def test_what_a_cuda_graph_cannot_hold(argv, world_size, name):
         ("--lr-decay-style power --lr-warmup-fraction 0.1 --lr-wsd-decay-iters 3", 1),
         ("--hidden-size 100 --num-attention-heads 3 --kv-channels 64", 1),
         ("--eval-interval 5", 1),
+        ("--eval-iters 0", 1),
+        ("--no-mock-data --data-path a --eval-interval 3 --eval-iters 0 --split 1,0,0", 1),
         ("--tokenizer-type NullTokenizer --eod-mask-loss", 1),
         ("--optimizer muon --muon-momentum 0.9 --muon-ns-dtype fp32", 1),
         ("--context-parallel-size 4 --cp-comm-type all_gather --use-torch-fsdp2 --window-size 9", 4),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_mup.config import parse_config, validate
 from megatron_mup.kernels.row_sum import row_sum
 from megatron_mup.parallel import copy_engine
+from megatron_mup.parallel.data_parallel import transport_of_auto
 from megatron_mup.parallel.mesh import Mesh
 from tests.interpreter import interpreted
 from tests.pool import Pool
@@ -94,6 +95,16 @@ def test_equal_to_collectives(pool: Pool, case: str) -> None:
             assert torch.equal(ends[name], value), name
         assert set(sent) == {wire}
         assert not unsent
+
+
+def transport(flags: str) -> str | None:
+    config = parse_config(words(flags)).config
+    return transport_of_auto(config, Mesh.build(config, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("flag", "begin"), [("auto", "collectives"), ("collective", "None")])
+def test_what_auto_comes_to_is_told(pool: Pool, flag: str, begin: str) -> None:
+    assert all(str(told).startswith(begin) for told in pool.run(2, transport, f"{FSDP} {ONE} --fsdp-transport {flag}"))
 
 
 def test_more_whole_units_than_places() -> None:

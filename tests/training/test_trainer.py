@@ -72,6 +72,11 @@ def test_length_in_samples(run, tmp_path):
     assert recorded(tmp_path / "metrics.jsonl", "train/batch size") == {1: 2, 2: 2, 3: 4, 4: 4}
 
 
+def test_no_evaluation_as_megatron_says_it(run, tmp_path):
+    assert run("--train-iters 2 --eval-interval 1 --eval-iters 0").code == 0
+    assert recorded(tmp_path / "metrics.jsonl", "validation/lm loss") == {}
+
+
 def test_stops_before_saving_a_broken_run(run, tmp_path):
     """The step with the absurd learning rate is seen in the next loss."""
     outcome = run("--lr 1e30 --clip-grad 0 --save-interval 2 --log-interval 100")
