@@ -7,14 +7,14 @@ Its plain twin, and what runs elsewhere, is :class:`torch.optim.AdamW` in the pr
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from megatron_mup.kernels.late import kernels_of
 
 VECTOR = 16
 """Bytes that a thread moves at once, where a tensor's address allows it."""
@@ -24,12 +24,6 @@ VECTOR = 16
 def device_has_adamw(device: torch.device) -> bool:
     """Whether :func:`adamw_` runs there: an NVIDIA GPU, and Triton."""
     return device.type == "cuda" and torch.version.hip is None and importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.adamw_triton")
 
 
 class Stepped(NamedTuple):
@@ -81,7 +75,7 @@ def adamw_(
         alike.setdefault((*(tensor.dtype for tensor in memory), aligned), []).append(place)
     for (*_, aligned), places in alike.items():
         chosen = [tensors[place] for place in places]
-        _kernel().launch(
+        kernels_of("adamw").launch(
             [each[:5] for each in chosen],
             [(1 - each.lr * each.weight_decay, each.lr / (1 - betas[0] ** step), each.eps) for each in chosen],
             places,

@@ -5,21 +5,9 @@ What the compiler makes of the formula looks up, for each logit, what belongs to
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 
-HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-"""Whether there is a kernel for tensors on a GPU."""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.cross_entropy_triton")
+from megatron_mup.kernels.late import kernels_of
 
 
 @torch.library.custom_op("megatron_mup::cross_entropy_backward", mutates_args=(), device_types="cuda")
@@ -44,7 +32,7 @@ def cross_entropy_backward(
     """
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     numbers = [each.contiguous() for each in (normalizer, weight, label, pull)]
-    _kernel().launch(logits.contiguous(), *numbers, out, factor)
+    kernels_of("cross_entropy").launch(logits.contiguous(), *numbers, out, factor)
     return out
 
 

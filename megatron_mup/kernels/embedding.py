@@ -5,21 +5,9 @@ PyTorch's fills the table with zeros, sums parts of rows that many tokens share,
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 
-HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-"""Whether there is a kernel for tensors on a GPU."""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.embedding_triton")
+from megatron_mup.kernels.late import kernels_of
 
 
 def embedding_backward(tokens: torch.Tensor, grad: torch.Tensor, rows: int) -> torch.Tensor:
@@ -37,7 +25,7 @@ def embedding_backward(tokens: torch.Tensor, grad: torch.Tensor, rows: int) -> t
     ids, order = tokens.reshape(-1).to(torch.int32).sort(stable=True)
     ends = torch.searchsorted(ids, torch.arange(rows, dtype=torch.int32, device=ids.device), right=True)
     out = grad.new_empty(rows, grad.shape[-1])
-    _kernel().launch(grad, order, ends, out)
+    kernels_of("embedding").launch(grad, order, ends, out)
     return out
 
 

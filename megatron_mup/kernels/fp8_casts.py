@@ -6,19 +6,14 @@ SwiGLU's result and the gradient of its input are written in FP8 both ways: neit
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from megatron_mup.kernels.late import HAS_KERNEL, kernels_of
 from megatron_mup.kernels.swiglu import plain_swiglu, swiglu_backward_reference
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-"""Whether there are kernels for tensors on a GPU."""
 
 
 class Cast(NamedTuple):
@@ -49,12 +44,6 @@ class Scale(NamedTuple):
     dtype: torch.dtype
 
 
-@functools.cache
-def _kernels() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.fp8_casts_triton")
-
-
 def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rounded to FP8, to the nearest and then to even; what is out of range becomes its end. NaN stays NaN."""
     limit = torch.finfo(dtype).max
@@ -73,7 +62,7 @@ def _transposed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(x.shape[::-1], dtype=dtype, device=x.device)
     # Bytes are moved alike, so one kernel does for both types.
     pair = (x.view(E4M3), out.view(E4M3)) if x.dtype == dtype else (x, out)
-    _kernels().transpose(pair[0].contiguous(), pair[1])
+    kernels_of("fp8_casts").transpose(pair[0].contiguous(), pair[1])
     return out
 
 
@@ -93,7 +82,7 @@ def both_ways(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
 @torch.library.custom_op("megatron_mup::fp8_both_ways", mutates_args=(), device_types="cuda")
 def _both_ways(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = _empty(x.shape, x, dtype)
-    _kernels().transpose(x.contiguous(), columns, rows)
+    kernels_of("fp8_casts").transpose(x.contiguous(), columns, rows)
     return rows, columns
 
 
@@ -112,7 +101,7 @@ def swiglu_cast(x: torch.Tensor, run: int, scale: Scale) -> Cast:
     """
     rows, columns = _empty((x.shape[0], x.shape[1] // 2), x, scale.dtype)
     inverse = x.new_empty(1, dtype=torch.float32)
-    _kernels().swiglu(x, None, run, rows, columns, scaling=(scale.factor, scale.largest, inverse))
+    kernels_of("fp8_casts").swiglu(x, None, run, rows, columns, scaling=(scale.factor, scale.largest, inverse))
     return Cast(rows, columns, inverse)
 
 
@@ -120,7 +109,7 @@ def swiglu_backward_cast(x: torch.Tensor, grad: torch.Tensor, run: int, scale: S
     """The gradient of SwiGLU's input ``[m, 2 ffn]``, cast; ``grad`` is that of its result, contiguous."""
     rows, columns = _empty(x.shape, x, scale.dtype)
     inverse = x.new_empty(1, dtype=torch.float32)
-    _kernels().swiglu(x, grad, run, rows, columns, scaling=(scale.factor, scale.largest, inverse))
+    kernels_of("fp8_casts").swiglu(x, grad, run, rows, columns, scaling=(scale.factor, scale.largest, inverse))
     return Cast(rows, columns, inverse)
 
 
@@ -157,7 +146,7 @@ def _swiglu_fp8(
     x: torch.Tensor, run: int, mult: float, weight: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = _empty((x.shape[0], x.shape[1] // 2), x, dtype)
-    _kernels().swiglu(x.contiguous(), None, run, rows, columns, mult, weight)
+    kernels_of("fp8_casts").swiglu(x.contiguous(), None, run, rows, columns, mult, weight)
     return rows, columns
 
 
@@ -171,7 +160,7 @@ def _swiglu_backward_fp8(
     x: torch.Tensor, grad: torch.Tensor, run: int, mult: float, weight: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = _empty(x.shape, x, dtype)
-    _kernels().swiglu(x.contiguous(), grad.contiguous(), run, rows, columns, mult, weight)
+    kernels_of("fp8_casts").swiglu(x.contiguous(), grad.contiguous(), run, rows, columns, mult, weight)
     return rows, columns
 
 

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 
-HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-"""Whether there is a kernel for tensors on a GPU."""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.multiply_triton")
+from megatron_mup.kernels.late import HAS_KERNEL, kernels_of
 
 
 def multiply_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
@@ -29,7 +17,7 @@ def multiply_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
     for tensor in tensors:
         if HAS_KERNEL and tensor.is_cuda and tensor.dtype != torch.float32 and tensor.is_contiguous():
             if tensor.numel():
-                _kernel().launch(tensor, factor)
+                kernels_of("multiply").launch(tensor, factor)
         else:
             plain.append(tensor)
     if plain:

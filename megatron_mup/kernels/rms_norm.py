@@ -6,23 +6,12 @@ input's gradient and over tokens for the gain's.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 
-HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-"""Whether there is a kernel for tensors on a GPU."""
+from megatron_mup.kernels.late import kernels_of
+
 LONGEST = 16384
 """Channels that the kernel takes: a token's lie in registers."""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.rms_norm_triton")
 
 
 @torch.library.custom_op("megatron_mup::rms_norm_backward", mutates_args=(), device_types="cuda")
@@ -42,7 +31,7 @@ def rms_norm_backward(
         Gradients of ``x`` and of the weight.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return out, _kernel().launch(x.contiguous(), weight, grad.contiguous(), skip.contiguous(), out, eps)
+    return out, kernels_of("rms_norm").launch(x.contiguous(), weight, grad.contiguous(), skip.contiguous(), out, eps)
 
 
 @rms_norm_backward.register_fake

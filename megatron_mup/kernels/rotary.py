@@ -6,21 +6,9 @@ What the compiler makes of the formula computes each element once for each of th
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 
-HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-"""Whether there is a kernel for tensors on a GPU."""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.rotary_triton")
+from megatron_mup.kernels.late import kernels_of
 
 
 @torch.library.custom_op("megatron_mup::rotary_backward", mutates_args=(), device_types="cuda")
@@ -39,7 +27,7 @@ def rotary_backward(
     """
     parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value)]
     out = query.new_empty(_shape(query))
-    _kernel().launch(*parts, cos.contiguous(), sin.contiguous(), out)
+    kernels_of("rotary").launch(*parts, cos.contiguous(), sin.contiguous(), out)
     return out
 
 

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 
-HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-"""Whether there is a kernel for tensors on a GPU."""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.row_sum_triton")
+from megatron_mup.kernels.late import HAS_KERNEL, kernels_of
 
 
 def row_sum(first: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> None:
@@ -29,7 +17,7 @@ def row_sum(first: torch.Tensor, others: torch.Tensor, out: torch.Tensor) -> Non
     """
     if HAS_KERNEL and out.is_cuda:
         if out.numel():
-            _kernel().launch(first, others, out)
+            kernels_of("row_sum").launch(first, others, out)
         return
     total = first.float()
     for row in others:

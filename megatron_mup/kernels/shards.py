@@ -9,13 +9,14 @@ device (`Shards`): so they can be replayed from a CUDA graph although gradients 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+
+from megatron_mup.kernels.late import kernels_of
 
 TILE = 2048
 """Elements that one program of a kernel works on."""
@@ -149,7 +150,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels, where they can run; imported late, so that machines without a GPU need no Triton."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("megatron_mup.kernels.shards_triton")
+    return kernels_of("shards")
 
 
 def can_replay(device: torch.device) -> bool:

@@ -5,22 +5,10 @@ What the compiler makes of the formula computes each element of gate and up twic
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 
-HAS_KERNEL = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-"""Whether there is a kernel for tensors on a GPU."""
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.swiglu_triton")
+from megatron_mup.kernels.late import kernels_of
 
 
 @torch.library.custom_op("megatron_mup::swiglu_backward", mutates_args=(), device_types="cuda")
@@ -36,7 +24,7 @@ def swiglu_backward(x: torch.Tensor, grad: torch.Tensor, run: int) -> torch.Tens
         Gradient of ``x``.
     """
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    _kernel().launch(x, grad.contiguous(), out, run)
+    kernels_of("swiglu").launch(x, grad.contiguous(), out, run)
     return out
 
 

@@ -7,12 +7,12 @@ Hopper and later GPUs and its plain twin, :func:`symmetric_product_reference`, e
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
-from types import ModuleType
 from typing import Literal
 
 import torch
+
+from megatron_mup.kernels.late import kernels_of
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -52,12 +52,6 @@ def _device_has_kernel(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (9, 0)
         and importlib.util.find_spec("triton") is not None
     )
-
-
-@functools.cache
-def _kernel() -> ModuleType:
-    """Imported late, so that machines without a GPU need no Triton."""
-    return importlib.import_module("megatron_mup.kernels.symmetric_triton")
 
 
 def kernel_takes(*operands: torch.Tensor) -> bool:
@@ -111,5 +105,5 @@ def symmetric_product(
             a, b, form, alpha=alpha, beta=beta, d=d, diagonal=diagonal, scale=scale, dtype=dtype
         )
     out = torch.empty(a.shape[0], n, n, dtype=dtype, device=a.device)
-    _kernel().launch(a, b, out, d, scale, alpha, beta, diagonal, form)
+    kernels_of("symmetric").launch(a, b, out, d, scale, alpha, beta, diagonal, form)
     return out

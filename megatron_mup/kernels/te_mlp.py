@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mup.kernels.fp8 import scaled_product
-from megatron_mup.kernels.fp8_casts import HAS_KERNEL, Cast, swiglu_backward_cast, swiglu_cast
+from megatron_mup.kernels.fp8_casts import Cast, swiglu_backward_cast, swiglu_cast
+from megatron_mup.kernels.late import HAS_KERNEL
 from megatron_mup.kernels.te import Product, Scales, cast_by, in_fp8
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_mup.kernels.embedding import HAS_KERNEL, embedding_backward
+from megatron_mup.kernels.embedding import embedding_backward
+from megatron_mup.kernels.late import HAS_KERNEL
 from megatron_mup.layers.scale import scale
 from megatron_mup.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from megatron_mup.parallel.mesh import TensorAxis

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_mup.kernels.cross_entropy import HAS_KERNEL, cross_entropy_backward
+from megatron_mup.kernels.cross_entropy import cross_entropy_backward
+from megatron_mup.kernels.late import HAS_KERNEL
 from megatron_mup.parallel.collectives import all_reduce
 from megatron_mup.parallel.mesh import TensorAxis
 

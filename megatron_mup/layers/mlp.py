@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_mup.kernels.swiglu import HAS_KERNEL, plain_swiglu, swiglu_backward
+from megatron_mup.kernels.late import HAS_KERNEL
+from megatron_mup.kernels.swiglu import plain_swiglu, swiglu_backward
 from megatron_mup.parametrization.meta import Block
 
 # Gate and up rows alternate in runs of this many, so that any contiguous shard of rows that is a multiple of twice as

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_mup.kernels.late import HAS_KERNEL
 from megatron_mup.kernels.libraries import apex_layer_norm, apex_rms_norm
-from megatron_mup.kernels.rms_norm import HAS_KERNEL, LONGEST, rms_norm_backward
+from megatron_mup.kernels.rms_norm import LONGEST, rms_norm_backward
 from megatron_mup.layers.scale import scale
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_mup.kernels.rotary import HAS_KERNEL, rotary_backward
+from megatron_mup.kernels.late import HAS_KERNEL
+from megatron_mup.kernels.rotary import rotary_backward
 
 # Llama 3.1's own numbers; Megatron-LM has them fixed too.
 ORIGINAL_CONTEXT, LOW_FREQUENCY_FACTOR, HIGH_FREQUENCY_FACTOR = 8192, 1.0, 4.0

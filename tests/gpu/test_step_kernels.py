@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_mup.kernels.adamw import Stepped, adamw_, device_has_adamw
+from megatron_mup.kernels.late import HAS_KERNEL
 from megatron_mup.kernels.multiply import multiply_
 from megatron_mup.kernels.rms_norm import rms_norm_backward, rms_norm_backward_reference
-from megatron_mup.kernels.swiglu import HAS_KERNEL, swiglu_backward, swiglu_backward_reference
+from megatron_mup.kernels.swiglu import swiglu_backward, swiglu_backward_reference
 from megatron_mup.layers.mlp import GLU_INTERLEAVE, swiglu
 from megatron_mup.layers.norm import RMSNorm
 from megatron_mup.training.signals import StopRequest

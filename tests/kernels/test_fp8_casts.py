@@ -9,6 +9,7 @@ import torch
 
 from megatron_mup.kernels import fp8_casts
 from megatron_mup.kernels.fp8_casts import E4M3, E5M2, Scale
+from megatron_mup.kernels.late import kernels_of
 from tests.interpreter import interpreted
 
 RUN = 8
@@ -34,11 +35,11 @@ def check_transpose(x: torch.Tensor, dtype: torch.dtype) -> None:
     want = fp8_casts.saturated(x, dtype)
     for source in (x, want):
         out, rows = (torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape[::-1], x.shape))
-        fp8_casts._kernels().transpose(source, out, rows)
+        kernels_of("fp8_casts").transpose(source, out, rows)
         assert torch.equal(rows.float(), want.float()), differences(rows, want)
         assert torch.equal(out.float(), want.float().t()), differences(out, want.t())
         out.zero_()
-        fp8_casts._kernels().transpose(source, out)
+        kernels_of("fp8_casts").transpose(source, out)
         assert torch.equal(out.float(), want.float().t()), differences(out, want.t())
 
 

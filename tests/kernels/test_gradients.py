@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_mup.kernels import cross_entropy, rotary
-from megatron_mup.kernels.embedding import _kernel as embedding_kernel
+from megatron_mup.kernels import cross_entropy
 from megatron_mup.kernels.embedding import embedding_backward, embedding_backward_reference
+from megatron_mup.kernels.late import HAS_KERNEL, kernels_of
 from megatron_mup.kernels.rotary import rotary_backward_reference
 from megatron_mup.layers import embedding, rope
 from tests.interpreter import interpreted
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available() or not rotary.HAS_KERNEL, reason="needs a GPU and Triton")
+GPU = pytest.mark.skipif(not torch.cuda.is_available() or not HAS_KERNEL, reason="needs a GPU and Triton")
 SHAPES = [(3, 2, 2, 3, 8, 8), (2, 1, 5, 1, 12, 8), (4, 2, 1, 40, 64, 64), (2, 2, 3, 2, 128, 128)]
 """Sequence, batch, groups, heads per group, channels of a head, and how many of them rotate."""
 
@@ -44,7 +44,7 @@ def compare_rotary(device: str, dtype: torch.dtype) -> None:
             key, value = (drawn(groups)[:, :, :, None] for _ in range(2))
             cos, sin = angles(seq, width, batch if sequence_first else None, device)
             out = torch.full((seq, batch, groups, per + 2, dim), torch.nan, dtype=dtype, device=device)
-            rotary._kernel().launch(query, key, value, cos, sin, out)
+            kernels_of("rotary").launch(query, key, value, cos, sin, out)
             want = rotary_backward_reference(query, key, value, cos, sin)
             step = torch.finfo(dtype).eps
             torch.testing.assert_close(out, want, rtol=2 * step, atol=4 * step)
@@ -61,7 +61,7 @@ def compare_embedding(device: str, dtype: torch.dtype) -> None:
         ids, order = tokens.flatten().sort(stable=True)
         ends = torch.searchsorted(ids, torch.arange(rows), right=True)
         out = torch.full((rows, channels), torch.nan, dtype=dtype, device=device)
-        embedding_kernel().launch(grad.view(-1, channels).to(device), order.to(device), ends.to(device), out)
+        kernels_of("embedding").launch(grad.view(-1, channels).to(device), order.to(device), ends.to(device), out)
         want = embedding_backward_reference(tokens, grad, rows)
         torch.testing.assert_close(out.cpu(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
         if device == "cuda":
@@ -76,7 +76,7 @@ def compare_loss(device: str, dtype: torch.dtype) -> None:
         weight, pull = (torch.rand(5, 3, generator=generator).to(device) for _ in range(2))
         weight[0, 1] = pull[0, 1] = pull[1, 1] = 0
         normalizer, out = (logits.float() * 0.5).logsumexp(-1), torch.full_like(logits, torch.nan)
-        cross_entropy._kernel().launch(logits, normalizer, weight, label, pull, out, 0.5)
+        kernels_of("cross_entropy").launch(logits, normalizer, weight, label, pull, out, 0.5)
         want = cross_entropy.cross_entropy_backward_reference(logits, normalizer, weight, label, pull, 0.5)
         torch.testing.assert_close(out, want, rtol=1e-5 if dtype is torch.float32 else 2**-7, atol=1e-6)
 
