@@ -1,4 +1,7 @@
-"""Worker processes that stay alive over many tests: importing PyTorch eight times at once takes half a minute."""
+"""Worker processes that stay alive over many tests: importing PyTorch eight times at once takes half a minute.
+
+On CPUs they are forks of a process that has imported it: those of another pool, or after an error, start at once.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+PRELOADED = ["megatron_mup.training.main", "megatron_mup.training.trainer", "torch.distributed.checkpoint"]
+"""What the process that CPU workers are forks of imports."""
+
 
 class Pool:
     """Processes that run functions as the ranks of a process group.
@@ -32,7 +38,10 @@ class Pool:
 
     def __init__(self, backend: str = "gloo") -> None:
         self._backend = backend
-        self._context = mp.get_context("spawn")
+        # A fork of a process that has looked for GPUs can't use them.
+        self._context: Any = mp.get_context("spawn" if backend == "nccl" else "forkserver")
+        if backend != "nccl":
+            self._context.set_forkserver_preload(PRELOADED)
         self._tasks: list[Any] = []
         self._workers: list[Any] = []
         self._results = self._context.Queue()
