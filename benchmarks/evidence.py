@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evidence_plan import FULL, TOY, Part, Scale, parts_of
+from evidence_plan import FULL, THINNED, TOY, Part, Scale, parts_of
 
 from megatron_mup.config import ConfigError, parse_config, to_yaml
 from megatron_mup.transfer.trials import FAILED, Results, digest
@@ -44,8 +44,6 @@ COLUMNS = (
 )
 """The last one says ``yes`` where a run had its GPU to itself, so that its times count."""
 MOCK = ["--mock-data", "--vocab-size=4096"]
-THINNED = 10
-"""Steps that a point of a kept curve is the mean of."""
 
 
 def prepare(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,8 @@ PROXY_PARAMETERS = 20e6
 """Of the largest model that the big one's rate may come from."""
 COMPILE_SECONDS, FLOPS = 30.0, 400e12
 """What the guess at a trial's length counts with; the first trial of a size replaces it."""
+THINNED = 10
+"""Steps that a point of a kept curve is the mean of."""
 Size = tuple[int, int]
 Done = Mapping[str, float]
 
@@ -56,7 +58,7 @@ FP8 = {
 }
 """Flags and learning rate of the FP8 runs."""
 ONE_SEED = "umup-static-critical"
-"""The only one of them with one seed. What eight bits cost is less than what one seed tells."""
+"""The only one of them with one seed, and the last. What eight bits cost is less than what one seed tells."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ FULL = Scale(
     sequence=512,
     batch=16,
     big_batch=32,
-    fp8_batch=8,
+    fp8_batch=16,
     steps=800,
     optimizer_steps=600,
     fp8_steps=2000,
@@ -252,9 +254,7 @@ def recipe_of(scale: Scale, data: list[str], flags: str, steps: int, batch: int)
     sizes = f"--hidden-size {hidden} --num-layers {layers} --ffn-hidden-size {ffn} --num-attention-heads {heads}"
     length = f"--train-iters {steps} --lr-warmup-iters {max(1, steps // 10)} --eval-iters {scale.evaluations}"
     batches = f"--seq-length {scale.sequence} --micro-batch-size {batch} --global-batch-size {batch}"
-    # Transformer Engine's recipes act between passes, which a graph leaves out.
-    speed = scale.speed.replace("--cuda-graph-impl local", "") if "transformer_engine" in flags else scale.speed
-    words = shlex.split(f"{MODEL} {sizes} {length} {batches} {flags} {speed}")
+    words = shlex.split(f"{MODEL} {sizes} {length} {batches} {flags} {scale.speed}")
     config = parse_config([*words, *data]).config
     # The one evaluation is at the end.
     return pin_base(replace(config, training=replace(config.training, eval_interval=steps)))
@@ -307,8 +307,9 @@ def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part],
         add(f"standard-{optimizer}", f"{STANDARD} {flags}", axis, widths, urgency, run)
     for name, (flags, rate) in FP8.items():
         run = Run(scale.fp8_steps, scale.fp8_batch, 0, 0, seeds=1 if name == ONE_SEED else seeds)
-        add(f"fp8-{name}", f"{flags} --lr {rate}", "lr", [scale.big], 30, run)
-    three = Run(scale.optimizer_steps, scale.big_batch, -1, 1, spacing=2.0)
+        add(f"fp8-{name}", f"{flags} --lr {rate}", "lr", [scale.big], 60 if name == ONE_SEED else 30, run)
+    # Whose best rate is at an end of its grid gets more of them.
+    three = Run(scale.optimizer_steps, scale.big_batch, -1, 1, spacing=2.0, extend=2)
     for optimizer, (axis, flags) in RATES.items():
         add(f"optimizer-{optimizer}", f"{COMPLETEP} {flags}", axis, [scale.big], 0, three, alone=True, repeats=seeds)
     return parts, problems

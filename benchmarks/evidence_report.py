@@ -7,11 +7,10 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from evidence_plan import Done, Part
+from evidence_plan import THINNED, Done, Part
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -125,9 +124,9 @@ def smooth(points: Sequence[tuple[float, float, float]], width: int = 5) -> list
 
 
 def optimizers(folder: Path, results: Mapping[str, Done], parts: Sequence[Part], alone: Set[tuple[str, str]]) -> str:
-    """The best rate of each optimizer: final losses, and tokens and time to the loss that AdamW ends with.
+    """The best rate of each optimizer: final losses, and tokens and time to the loss with which AdamW ends, by seed.
 
-    Curves are the first seed's. A step's time is that of the fastest run, for rate and seed change nothing in it.
+    A step's time is that of the fastest run, for rate and seed change nothing in it.
 
     Args:
         folder: of the results.
@@ -135,17 +134,76 @@ def optimizers(folder: Path, results: Mapping[str, Done], parts: Sequence[Part],
         parts: what is compared.
         alone: parts and trials that had their GPU to themselves; an optimizer without one is not timed.
     """
-    first = {p.name: {t.key for _, t in replace(p, repeats=1).todo({p.name: {}})} for p in parts}
-    tried = {name: {key: results[name][key] for key in keys if key in results[name]} for name, keys in first.items()}
-    best = {name: min(losses, key=lambda key: losses[key]) for name, losses in tried.items() if losses}
     curves = {}
-    for name, trial in best.items():
-        if points := smooth(curve(folder, name, trial)):
-            runs = [curve(folder, name, other) for other in results[name] if (name, other) in alone]
+    for part in parts:
+        if best := best_of(part, results[part.name]):
+            runs = [curve(folder, part.name, other) for other in results[part.name] if (part.name, other) in alone]
             pace = min((run[-1][1] / run[-1][0] for run in runs if run), default=math.nan)
-            curves[name] = [(tokens, pace * tokens, loss) for tokens, _, loss in points]
+            found = {trial: smooth(curve(folder, part.name, trial)) for trial in best}
+            paced = {t: [(n, pace * n, loss) for n, _, loss in points] for t, points in found.items() if points}
+            if paced:
+                curves[part.name] = paced
     if not curves:
         return ""
+    draw({name: next(iter(found.values())) for name, found in curves.items()}, folder / "optimizers.png")
+    goals = {seed_of(trial): points[-1][2] for trial, points in curves.get("optimizer-adam", {}).items()}
+    plain = {
+        seed_of(trial): results[part.name][trial]
+        for part in parts
+        if part.name == "optimizer-adam"
+        for trial in best_of(part, results[part.name])
+    }
+    lines = [
+        "| optimizer | rates tried | best | validation, by seed | against adam, same seeds | ms per step "
+        "| tokens to adam's end | seconds |",
+        "|---" * 8 + "|",
+    ]
+    for part in (part for part in parts if part.name in curves):
+        done, found = results[part.name], curves[part.name]
+        tried = [key for key in first_seeds(part) if key in done]
+        ends = [
+            next(((tokens, seconds) for tokens, seconds, loss in points if loss <= goals[seed_of(trial)]), None)
+            for trial, points in found.items()
+            if seed_of(trial) in goals
+        ]
+        apart = [done[trial] - plain[seed_of(trial)] for trial in best_of(part, done) if seed_of(trial) in plain]
+        last = next(iter(found.values()))[-1]
+        timed = not math.isnan(last[1])
+        cells = [
+            part.name.removeprefix("optimizer-"),
+            ", ".join(f"{rate_of(key):g}: {done[key]:.4f}" for key in tried),
+            f"{rate_of(next(iter(found))):g}",
+            ", ".join(f"{done[trial]:.4f}" for trial in best_of(part, done)),
+            mean_of(apart, ".3f") if part.name != "optimizer-adam" else "",
+            f"{1e3 * last[1] / (len(next(iter(found.values()))) * THINNED):.1f}" if timed else "not timed alone",
+            ", ".join(f"{end[0] / 1e6:.1f} M" if end else "not reached" for end in ends),
+            ", ".join(f"{end[1]:.1f}" if end else "not reached" for end in ends) if timed else "not timed alone",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "## Optimizers\n\n" + "\n".join(lines)
+
+
+def first_seeds(part: Part) -> list[str]:
+    """Trials of the first seed at all points that a part may come to, from low to high."""
+    return [part.plan.trial(part.plan.sizes[0], k, (), 0).key for k in part.plan.reach()]
+
+
+def best_of(part: Part, done: Done) -> list[str]:
+    """Trials of all seeds that ran at the point that is best with the first one, which comes first."""
+    first = min((key for key in first_seeds(part) if key in done), key=lambda key: done[key], default=None)
+    if first is None:
+        return []
+    point = first.rpartition("-s")[0]
+    return [first, *sorted(key for key in done if key.startswith(f"{point}-s") and key != first)]
+
+
+def seed_of(trial: str) -> str:
+    """The seed in a trial's name."""
+    return trial.rpartition("-s")[2]
+
+
+def draw(curves: Mapping[str, Sequence[tuple[float, float, float]]], file: Path) -> None:
+    """Training loss over tokens and over seconds, where those are known."""
     figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for place, (label, column) in enumerate((("tokens", 0), ("seconds of steady training", 1))):
@@ -159,30 +217,7 @@ def optimizers(folder: Path, results: Mapping[str, Done], parts: Sequence[Part],
         axes.set_ylim(low - 0.1, low + 1.5)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    figure.savefig(folder / "optimizers.png")
-    goal = curves["optimizer-adam"][-1][2] if "optimizer-adam" in curves else math.nan
-    lines = [
-        "| optimizer | rates tried | best | validation, by seed | ms per step | tokens to AdamW's end | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, points in curves.items():
-        rates = ", ".join(
-            f"{rate_of(t):g}: {v:.4f}" for t, v in sorted(tried[name].items(), key=lambda p: rate_of(p[0]))
-        )
-        reached = next(((t, s) for t, s, loss in points if loss <= goal), None)
-        tokens, seconds = (f"{reached[0] / 1e6:.1f} M", f"{reached[1]:.1f}") if reached else ("not reached",) * 2
-        step = f"{1e3 * points[-1][1] / (len(points) * 10):.1f}"
-        if math.isnan(points[-1][1]):
-            step = seconds = "not timed alone"
-        point = best[name].rpartition("-s")[0]
-        ends = ", ".join(
-            f"{loss:.4f}" for trial, loss in sorted(results[name].items()) if trial.startswith(f"{point}-s")
-        )
-        lines.append(
-            f"| {name.removeprefix('optimizer-')} | {rates} | {rate_of(best[name]):g} | {ends} | {step} | "
-            f"{tokens} | {seconds} |"
-        )
-    return "## Optimizers\n\n" + "\n".join(lines)
+    figure.savefig(file)
 
 
 def rate_of(trial: str) -> float:
@@ -193,7 +228,7 @@ def rate_of(trial: str) -> float:
 def fp8(rows: Sequence[Row]) -> str:
     """Final losses against bf16's of the same model and seed: mean, and its error where there are several seeds.
 
-    Of the same seed, all runs train on the same tokens and are validated on the same.
+    Runs of the same seed train on the same tokens and are validated on the same. Seeds without a bf16 run don't count.
     """
     kinds = {"loss": "validation", "train_loss": "last tenth of training"}
     losses = {
@@ -207,23 +242,21 @@ def fp8(rows: Sequence[Row]) -> str:
         plain = f"fp8-{name.split('-')[1]}-bf16"
         cells = [name.removeprefix("fp8-")]
         for kind in kinds:
-            mine = {trial: loss for (part, trial), loss in losses[kind].items() if part == name}
-            cells += [str(len(mine))] if len(cells) == 1 else []
-            ratios = [
-                100 * (loss / losses[kind][plain, trial] - 1)
-                for trial, loss in mine.items()
-                if (plain, trial) in losses[kind]
-            ]
-            cells += [f"{np.mean(list(mine.values())):.4f}", told_of(ratios) if name != plain else ""]
+            every = {trial: loss for (part, trial), loss in losses[kind].items() if part == name}
+            mine = {trial: loss for trial, loss in every.items() if (plain, trial) in losses[kind]}
+            cells += [str(len(mine or every))] if len(cells) == 1 else []
+            ratios = [100 * (loss / losses[kind][plain, trial] - 1) for trial, loss in mine.items()]
+            mine = mine or every
+            cells += [f"{np.mean(list(mine.values())):.4f}", mean_of(ratios, ".2f", " %") if name != plain else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "## FP8\n\n" + "\n".join(lines) if names else ""
 
 
-def told_of(percents: Sequence[float]) -> str:
-    """A mean, with its error where there are several."""
-    if not percents:
+def mean_of(values: Sequence[float], digits: str, unit: str = "") -> str:
+    """A mean, with its standard error where there are several."""
+    if not values:
         return "not run"
-    told = f"{np.mean(percents):+.2f} %"
-    if len(percents) > 1:
-        told += f" ± {np.std(percents, ddof=1) / math.sqrt(len(percents)):.2f} %"
+    told = f"{np.mean(values):+{digits}}{unit}"
+    if len(values) > 1:
+        told += f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):{digits}}{unit}"
     return told

@@ -1,4 +1,4 @@
-"""Newton-Schulz beside others': milliseconds and errors of five steps on bf16 matrices.
+"""Newton-Schulz beside others': milliseconds and errors of five steps (or `squaring`'s two) on bf16 matrices.
 
     python benchmarks/newton_schulz.py [--sizes 4096x4096,...] [--beside FILE:FUNCTION ...] [--json OUT] [--no-llama]
 
@@ -29,7 +29,7 @@ from types import ModuleType
 
 import torch
 
-from megatron_mup.optim.matrix import matrices_at_once
+from megatron_mup.optim.batches import matrices_at_once
 from megatron_mup.optim.newton_schulz import orthonormalize, orthonormalize_plain
 
 TUNING = ";".join(
@@ -50,7 +50,8 @@ CLEAN_BYTES = 1 << 28  # inputs in turn add up to more than any cache
 
 def ours(coefficients: str) -> Function:
     """Our function with one of its coefficient sets."""
-    return lambda x: orthonormalize(x, 5, coefficients, torch.bfloat16)
+    steps = 2 if coefficients == "squaring" else 5
+    return lambda x: orthonormalize(x, steps, coefficients, torch.bfloat16)
 
 
 def settle(module: ModuleType, tunings: list[dict[str, int]]) -> None:
@@ -82,7 +83,7 @@ def load(path: str) -> ModuleType:
 
 def contestants(beside: list[str], tunings: list[dict[str, int]]) -> dict[str, Function]:
     """All that can run here, by name."""
-    found = {f"ours, {name}": ours(name) for name in ("quintic", "jordan", "polar_express")}
+    found = {f"ours, {name}": ours(name) for name in ("quintic", "squaring", "jordan", "polar_express")}
     found["ours without Gram space, quintic"] = lambda x: orthonormalize_plain(x, 5, "quintic", torch.bfloat16)
     if importlib.util.find_spec("torch.optim._muon"):
         from torch.optim._muon import _zeropower_via_newtonschulz

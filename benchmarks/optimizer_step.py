@@ -7,11 +7,16 @@ say. The model takes one short sequence, for the phase doesn't depend on how man
 
 - ``device ms``: between events on the device, which is kept busy before the phase so that the host runs ahead;
 - ``host ms``: what the host needs to launch the phase;
-- ``start s``: the phase in the first two steps, in which kernels are compiled and CUDA graphs recorded;
+- ``build s``: making model, communicators and optimizer, which compiles the kernels of Newton-Schulz;
+- ``start s``: the phase in the first two steps, in which other kernels are compiled and CUDA graphs recorded;
 - ``floor ms``: for those that orthonormalize by Newton-Schulz once a step: the FLOPs of the Gram form with symmetric
   products, at 700 TFLOP/s, of one rank's share;
+- ``aim ms``: 1.5 times the device time of AdamW for everything, and the floor;
 - ``overhead``: more than the first optimizer's device time, as a share of a step of 64 k and of 0.5 M tokens per
   device; the rest of the step is taken as 6 FLOPs per parameter and token at half of the device's peak.
+
+The row ``torch.optim.AdamW`` is PyTorch's fused one on copies of the first optimizer's parameters, in the same process;
+``aim by PyTorch ms`` takes its time in the place of ``adam``'s.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -40,12 +46,13 @@ from megatron_mup.training.step import TrainStep
 
 OPTIMIZERS = "adam,muon,normuon,muonsphere,spectral_sphere,scion,dion"
 ONE_ORTHONORMALIZATION = ("muon", "normuon", "muonsphere", "scion")
+PYTORCH = "torch.optim.AdamW"
 FLOOR_RATE = 700e12
 BUSY_CYCLES = 100_000_000  # some 50 ms, more than any host needs to launch a step
 
 
 class OptimizerClock:
-    """Device and host time of the phase ``optimizer``, with the device busy before it.
+    """Device and host time of the phase ``optimizer``, with the device busy before it; all ranks begin together.
 
     With ``waits`` the device is idle before it, and the host's time includes the device's.
     """
@@ -54,6 +61,7 @@ class OptimizerClock:
         self.gpu, self.waits = device.type == "cuda", waits
         self.host: list[float] = []
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.meeting = torch.zeros(1, device=device)
 
     @contextmanager
     def __call__(self, phase: str):
@@ -65,6 +73,8 @@ class OptimizerClock:
             torch.cuda.synchronize()
         elif self.gpu:
             torch.cuda._sleep(BUSY_CYCLES)
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(self.meeting)  # or a rank's time has its waiting for others in it
             events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
             events[0].record()
         start = time.perf_counter()
@@ -101,10 +111,12 @@ def gram_flops(step: TrainStep, ranks: int) -> float:
     return total / ranks
 
 
-def measure(config: Config, steps: int, device: torch.device) -> dict[str, float]:
-    """Builds the trainer's step, warms it up and times the phase."""
+def measure(config: Config, steps: int, device: torch.device) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """Builds the trainer's step, warms it up and times the phase; also gives this rank's parameters."""
+    begin = time.perf_counter()
     mesh = Mesh.build(config, device)
     step = TrainStep(build_model(config, VOCAB_SIZE, mesh), config, mesh)
+    built = time.perf_counter() - begin
     step.initialise()
     samples = config.global_batch_size(dist.get_world_size()) // mesh.dp_size
     tokens = torch.randint(0, VOCAB_SIZE, (samples, config.training.seq_length), device=device)
@@ -116,10 +128,34 @@ def measure(config: Config, steps: int, device: torch.device) -> dict[str, float
     clock = OptimizerClock(device)
     for _ in range(steps):
         step(batch, 1.0, timer=clock)
-    result = clock.medians() | {"start s": sum(start.host)}
+    result = clock.medians() | {"build s": built, "start s": sum(start.host)}
     if config.optimizer.optimizer in ONE_ORTHONORMALIZATION:
         result["floor ms"] = gram_flops(step, dist.get_world_size(mesh.matrix_group)) / FLOOR_RATE * 1e3
-    return result
+    return result, [param.value for param in step.main.params]
+
+
+def measure_pytorch(values: Iterable[torch.Tensor], steps: int, device: torch.device) -> dict[str, float]:
+    """Times PyTorch's fused AdamW on copies of these tensors."""
+    params = [torch.nn.Parameter(value.detach().clone()) for value in values]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = torch.optim.AdamW(params, fused=True)
+    for _ in range(2):
+        optimizer.step()
+    clock = OptimizerClock(device)
+    for _ in range(steps):
+        with clock("optimizer"):
+            optimizer.step()
+    return clock.medians()
+
+
+def add_aims(rows: dict[str, dict[str, float]]) -> None:
+    """Adds what a step may take, by either AdamW, where there are a floor and device times."""
+    for base, name in (("adam", "aim ms"), (PYTORCH, "aim by PyTorch ms")):
+        time = rows.get(base, {}).get("device ms")
+        for row in rows.values():
+            if time is not None and "floor ms" in row:
+                row[name] = 1.5 * time + row["floor ms"]
 
 
 def add_overheads(rows: dict[str, dict[str, float]], config: Config, device: torch.device) -> None:
@@ -152,9 +188,13 @@ def main() -> None:
     device = init_process_group(first, launch)
     rows: dict[str, dict[str, float]] = {}
     for name, config in configs.items():
-        rows[name] = measure(config, args.steps, device)
+        rows[name], values = measure(config, args.steps, device)
+        if name == "adam":
+            rows[PYTORCH] = measure_pytorch(values, args.steps, device)
+        del values
         if launch.rank == 0:
             print(name, {key: round(value, 3) for key, value in rows[name].items()}, flush=True)
+    add_aims(rows)
     if device.type == "cuda":
         add_overheads(rows, first, device)
     dist.destroy_process_group()

@@ -1,102 +1,141 @@
-"""Tunings of the symmetric kernel: milliseconds of products on one GPU, replayed from a CUDA graph.
+"""The symmetric kernels: milliseconds of products on one GPU, replayed from a CUDA graph, beside `torch.bmm`.
 
-    python benchmarks/symmetric.py [--sizes 4096,8x2048,...] [--repeats N] [--json OUT]
+    python benchmarks/symmetric.py [--sizes 4096,8x2048,...] [--only NAME ...] [--repeats N] [--json OUT]
 
-A size is BATCHxN, for products of symmetric N x N matrices with all extra terms, or BATCHxNxK, for X^T X of [K, N].
-Each candidate differs from the kernel's own tuning, which comes first, in what its name says.
+A size is BATCHxN, for products of symmetric N x N matrices with all extra terms, or BATCHxNxK, for X^T X of [K, N], or
+BATCHxNxKr, for X X^T of [N, K]. Candidates take turns, so that all have the same share of a GPU's warm and cold times.
+Each of Triton's differs from its kernel's own tuning, which comes first, in what its name says.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from megatron_mup.kernels import symmetric_triton
-from megatron_mup.kernels.symmetric_triton import Tuning
+from megatron_mup.kernels.late import kernels_of
+from megatron_mup.kernels.symmetric import Form
 
-SIZES = "1x4096,1x2048,8x2048,8x2048x8192,2x4096x14336"
+SIZES = "1x4096,1x2048,4x2048,16x2048,4x2048x8192,4x2048x8192r,1x4096x14336,1x8192"
 CHANGES: dict[str, dict[str, int | bool]] = {
-    "as it is": {},
+    "Triton": {},
     "stages 3": {"stages": 3},
-    "stages 2": {"stages": 2},
     "depth 32, stages 6": {"depth": 32, "stages": 6},
-    "depth 128, stages 2": {"depth": 128, "stages": 2},
     "band 4": {"band": 4},
     "band 16": {"band": 16},
     "specialize": {"specialize": True},
 }
+TIMES = 10  # a graph's runs
+Arguments = tuple[Any, ...]
+"""What the kernels' ``launch`` takes."""
 
 
-def replayed(run: Callable[[], None], times: int, repeats: int) -> float:
-    """Milliseconds of one of ``times`` runs in a graph, median."""
+def candidates() -> dict[str, Callable[[Arguments], object]]:
+    """Ways to a product, by name."""
+    triton = kernels_of("symmetric")
+    found: dict[str, Callable[[Arguments], object]] = {}
+    if torch.cuda.get_device_capability()[0] == 9:
+        found["Hopper"] = lambda args: kernels_of("symmetric_hopper").launch(*args)
+    for name, change in CHANGES.items():
+        tuning = replace(triton.TUNING, **change)
+        found[name] = functools.partial(lambda tuning, args: triton.launch(*args, tuning), tuning)
+    found["torch.bmm"] = plain
+    return found
+
+
+def plain(args: Arguments) -> torch.Tensor:
+    """Both halves, without the extra terms."""
+    a, b = args[:2]
+    return torch.bmm(a, b.mT) if args[-1] == "rows" else torch.bmm(a.mT, b)
+
+
+def arguments(size: str) -> tuple[Arguments, float]:
+    """What is multiplied, and the product's FLOPs, symmetric halves counted once."""
+    form: Form = "rows" if size.endswith("r") else "columns"
+    batch, n, *depth = map(int, size.rstrip("r").split("x"))
+    k = depth[0] if depth else n
+    shape = (batch, n, k) if form == "rows" else (batch, k, n)
+    a = torch.randn(*shape, device="cuda").mul_(k**-0.5).to(torch.bfloat16 if depth else torch.float16)
+    out = torch.empty(batch, n, n, device="cuda", dtype=torch.float16)
+    d, scale = (None, None) if depth else (a, torch.ones(batch, device="cuda"))
+    return (a, a, out, d, scale, 0.5, 0.5, 1.0, form if depth else "symmetric"), 1.0 * batch * n * n * k
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """``TIMES`` runs as a graph."""
     graph = torch.cuda.CUDAGraph()
     run()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        for _ in range(times):
+        for _ in range(TIMES):
             run()
-    found = []
+    return graph
+
+
+def replayed(graphs: dict[str, torch.cuda.CUDAGraph], repeats: int) -> dict[str, float]:
+    """Milliseconds of one run, median of graphs that take turns."""
+    found: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / times)
-    return statistics.median(found)
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            found[name].append(start.elapsed_time(end) / TIMES)
+    return {name: round(statistics.median(times), 4) for name, times in found.items()}
 
 
-def product(size: str, tuning: Tuning | None) -> tuple[Callable[[], None], float]:
-    """A product to run, and its FLOPs, symmetric halves counted once."""
-    batch, n, *depth = map(int, size.split("x"))
-    k = depth[0] if depth else n
-    a = torch.randn(batch, k, n, device="cuda").mul_(k**-0.5).to(torch.bfloat16 if depth else torch.float16)
-    out = torch.empty(batch, n, n, device="cuda", dtype=torch.float16)
-    d, scale = (None, None) if depth else (a, torch.ones(batch, device="cuda"))
-
-    def run() -> None:
-        symmetric_triton.launch(a, a, out, d, scale, 0.5, 0.5, 1.0, "columns" if depth else "symmetric", tuning)
-
-    return run, 1.0 * batch * n * n * k
+def launched(run: Callable[[], object], times: int = 100) -> float:
+    """Microseconds the host takes to launch one."""
+    run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(times):
+        run()
+    taken = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return round(taken * 1e6 / times, 1)
 
 
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=SIZES)
+    parser.add_argument("--only", action="append", help="only candidates whose name contains this (or another such)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="OUT", help="file to write")
     args = parser.parse_args()
-    table: dict[str, dict[str, float | str]] = {}
-    sizes = args.sizes.split(",")
-    print(f"{'ms (TFLOP/s)':24}" + "".join(f"{size:>18}" for size in sizes), flush=True)
-    for name, change in CHANGES.items():
-        row: dict[str, float | str] = {}
-        for size in sizes:
-            tuning = replace(symmetric_triton.TUNING, **change)
+    ways = {n: way for n, way in candidates().items() if not args.only or any(part in n for part in args.only)}
+    report: dict[str, object] = {
+        "command": " ".join(sys.argv),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": kernels_of("symmetric").triton.__version__,
+        "times": (table := {}),
+    }
+    for size in args.sizes.split(","):
+        given, flops = arguments(size)
+        graphs = {}
+        for name, way in ways.items():
             try:
-                run, flops = product(size, tuning)
-                row[size] = round(replayed(run, 10, args.repeats), 4)
-                cell = f"{row[size]} ({flops / row[size] / 1e9:.0f})"
+                graphs[name] = captured(functools.partial(way, given))
             except Exception as error:  # whatever a compiler says to a tuning that it can't do
-                row[size] = cell = type(error).__name__
-            print(f"{name if size == sizes[0] else '':{24 if size == sizes[0] else 0}}{cell:>18}", end="", flush=True)
-        print(flush=True)
-        table[name] = row
+                print(f"{size}, {name}: {type(error).__name__}", flush=True)
+        table[size] = replayed(graphs, args.repeats)
+        print(size, *(f"{n}: {ms} ({flops / ms / 1e9:.0f} TFLOP/s)" for n, ms in table[size].items()), sep="\n    ")
+    small, _ = arguments("2x256")
+    report["host_us"] = {name: launched(functools.partial(way, small)) for name, way in ways.items()}
+    print("host, microseconds a launch:", report["host_us"])
     if args.json:
-        report = {
-            "command": " ".join(sys.argv),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": symmetric_triton.triton.__version__,
-            "times": table,
-        }
         with open(args.json, "w") as file:
             json.dump(report, file, indent=1)
 

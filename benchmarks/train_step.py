@@ -40,7 +40,7 @@ from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.training.flops import flops_per_token, peak_flops
 from megatron_mup.training.forward_backward import Batch
 from megatron_mup.training.launch import Launch, init_process_group
-from megatron_mup.training.precision import settle_fp8
+from megatron_mup.training.precision import settle_attention, settle_fp8
 from megatron_mup.training.step import TrainStep
 from megatron_mup.training.trainer import vocabulary_size
 
@@ -219,7 +219,7 @@ def main() -> None:
     launch = Launch.from_environment()
     config = parse_config([*([] if args.preset == "none" else preset(args.preset)), *rest]).config
     validate(config, launch.world_size)
-    config, _ = settle_fp8(config)
+    config, _ = settle_fp8(settle_attention(config))
     beside = [run_beside(args.beside, args.preset, config)] if args.beside else []
     device = init_process_group(config, launch)
     result = {"preset": args.preset} | measure(config, args.steps, device, args.trace)

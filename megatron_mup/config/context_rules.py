@@ -26,9 +26,10 @@ def check_context(config: Config) -> None:
             f"each context-parallel rank takes two chunks of a sequence, so its length must be a multiple of {unit}",
             f"use --seq-length {multiples(seq_length, unit)}, or fewer ranks",
         )
-    if config.training.attention_backend == "fused":
+    kernel = {"fused": "cuDNN's attention", "flash4": "FlashAttention-4"}.get(config.training.attention_backend)
+    if kernel is not None:
         raise ConfigError(
             told(config, "attention_backend", "context_parallel_size"),
-            "cuDNN's attention knows no parts of sequences here",
+            f"{kernel} knows no parts of sequences here",
             "use --attention-backend auto",
         )

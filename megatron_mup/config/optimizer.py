@@ -72,11 +72,14 @@ class OptimizerConfig:
     muon_extra_scale_factor: float = 1.0
     """Another factor on Muon's update."""
     muon_num_ns_steps: int | None = None
-    """Newton-Schulz steps. Default: 5; 8 for muonsphere and spectral_sphere."""
-    muon_coefficient_type: Literal["quintic", "simple", "jordan", "polar_express", "cans", "generated"] | None = None
+    """Newton-Schulz steps. Default: 5; 8 for muonsphere and spectral_sphere; of squaring 2, 3 for muonsphere."""
+    muon_coefficient_type: (
+        Literal["quintic", "simple", "jordan", "polar_express", "cans", "squaring", "generated"] | None
+    ) = None
     """Newton-Schulz coefficients: quintic (YouJiacheng's), simple and jordan (Keller Jordan's), polar_express
-    (arXiv 2505.16932), cans (arXiv 2506.10935; no room for bf16's rounding), generated (the best for
-    --muon-coefficient-lower and these steps). Default: quintic; polar_express for muonsphere and spectral_sphere."""
+    (arXiv 2505.16932), cans (arXiv 2506.10935; no room for bf16's rounding), squaring (two steps of degree 65 and 33,
+    the least work), generated (the best for --muon-coefficient-lower and these steps). Default: quintic; polar_express
+    for muonsphere and spectral_sphere."""
     muon_coefficient_safety: float = 1.01
     """polar_express and generated: singular values up to this times 1 do no harm. bf16 needs some."""
     muon_coefficient_lower: float = 1e-3
@@ -114,11 +117,20 @@ class OptimizerConfig:
     scion_radius: float = 50.0
     """Radius of hidden matrices under scion, in the norm sqrt(in/out) ||W||_2."""
     scion_output_radius: float = 3000.0
-    """Radius of the output layer (or tied embedding) under scion, in the norm hidden size * max |W|."""
+    """Radius of the output layer (or tied embedding) under scion, in the norm of --scion-output-norm."""
+    scion_output_norm: Literal["sign", "row"] = "sign"
+    """Norm of the output layer (or tied embedding) under scion. sign: hidden size * max |W|; row: root of the hidden
+    size * longest row."""
     scion_embedding_radius: float = 1.0
-    """Radius of an untied embedding under scion: the root mean square of a token's vector."""
+    """Radius of an untied embedding under scion, in the norm of --scion-embedding-norm."""
+    scion_embedding_norm: Literal["column", "sign"] = "column"
+    """Norm of an untied embedding under scion. column: largest root mean square of a token's vector; sign: max |W|."""
     optimizer_cuda_graph: bool = True
     """Replay the matrix optimizer's work from CUDA graphs, on GPUs with Triton; else launch it kernel by kernel."""
+    optimizer_plan_cost: Literal["measured", "flops"] = "measured"
+    """What the plan of the matrix optimizer balances over ranks. measured: time of each shape on the GPU of the first
+    rank, taken at start and kept in ~/.cache/megatron_mup (XDG_CACHE_HOME); flops: FLOPs, as always on CPUs and under
+    --deterministic-mode."""
     print_optimizer_plan: bool = False
     """Print which rank orthonormalizes which matrix, and how evenly the work is dealt."""
 
@@ -127,6 +139,13 @@ class OptimizerConfig:
         """``--muon-coefficient-type``, default resolved."""
         sphere = self.optimizer in ("muonsphere", "spectral_sphere")
         return self.muon_coefficient_type or ("polar_express" if sphere else "quintic")
+
+    @property
+    def ns_steps(self) -> int:
+        """``--muon-num-ns-steps``, default resolved."""
+        sphere = self.optimizer in ("muonsphere", "spectral_sphere")
+        usual = (2, 3) if self.coefficient_type == "squaring" else (5, 8)
+        return self.muon_num_ns_steps or usual[sphere]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -322,6 +322,12 @@ def check_optimizer(config: Config) -> None:
         )
     if flags.optimizer == "dion" and flags.dion_compressed_sync:
         _check_compressed_sync(config)
+    if flags.optimizer == "spectral_sphere" and flags.coefficient_type == "squaring":
+        raise ConfigError(
+            told(config, "optimizer", "muon_coefficient_type"),
+            "the tangent direction is sought among the iterates of small steps",
+            "drop --muon-coefficient-type, or name another set",
+        )
     sphere = flags.optimizer in ("muonsphere", "spectral_sphere")
     if sphere and flags.sphere_retraction == "dynamic" and flags.weight_decay == 0:
         raise _contradiction(
@@ -355,9 +361,16 @@ def check_cuda_graph(config: Config, world_size: int) -> None:
     """What a graph of forward and backward can't hold, because it is another one in each step, or asks the host."""
     if config.training.cuda_graph_impl == "none":
         return
-    dropout = config.model.hidden_dropout or config.model.attention_dropout
+    dropout, parallel = config.model.hidden_dropout or config.model.attention_dropout, config.parallel
+    sharded = parallel.sharding in ("optim_grads", "optim_grads_params") and parallel.model_parallel_size == 1
+    sharded = sharded and parallel.num_distributed_optimizer_instances == 1 and config.fp8.fp8_format is None
     for names, wrong, why in (
-        ((), world_size > 1, f"there are {world_size} ranks, and messages between them are not captured"),
+        (
+            (),
+            world_size > 1 and not sharded,
+            f"there are {world_size} ranks, and only messages of --use-torch-fsdp2 or --use-distributed-optimizer, "
+            "alone, in one instance and without FP8, are captured",
+        ),
         (("num_experts",), config.moe.num_experts is not None, "how many tokens an expert gets is known on the device"),
         (("hidden_dropout", "attention_dropout"), dropout, "its keys come from the host"),
         (("diagnostics_interval",), config.logging.diagnostics_interval is not None, "a diagnosis looks inside"),
@@ -373,29 +386,37 @@ def check_kernels(config: Config) -> None:
     if training.recompute != "none" and training.torch_compile and training.activation_memory_budget < 1:
         recompute = "recompute_activations" if training.recompute_activations else "recompute_granularity"
         raise _contradiction(config, recompute, "activation_memory_budget", "both say what is recomputed")
-    backend, dropout = config.training.attention_backend, config.model.attention_dropout
-    if backend in ("flash", "fused") and dropout > 0:
+    backend, dropout = training.attention_backend, config.model.attention_dropout
+    if backend == "flash4" and not training.bf16:
+        raise ConfigError(told(config, "attention_backend"), "FlashAttention-4 has no kernel for fp32", "add --bf16")
+    if backend in ("flash", "flash4", "fused") and dropout > 0:
         raise ConfigError(
             told(config, "attention_backend", "attention_dropout"),
             "its dropout would depend on the layout, so dropout runs unfused only",
             "use --attention-backend auto, or --attention-dropout 0",
         )
-    if backend == "flash" and config.data.reset_attention_mask:
+    if backend in ("flash", "flash4") and config.data.reset_attention_mask:
         raise ConfigError(
             told(config, "attention_backend", "reset_attention_mask"),
             "FlashAttention takes no mask of documents",
             "use --attention-backend auto",
         )
-    if backend == "flash" and config.model.value_dim != config.model.head_dim:
+    if backend in ("flash", "flash4") and config.model.value_dim != config.model.head_dim:
         raise ConfigError(
             told(config, "attention_backend", "v_head_dim"),
-            f"PyTorch's FlashAttention takes one width for all heads, but queries have {config.model.head_dim}",
+            f"FlashAttention here takes one width for all heads, but queries have {config.model.head_dim}",
             "use --attention-backend auto",
         )
-    if backend == "flash" and config.model.window_size is not None:
+    if backend == "flash4" and (config.model.head_dim % 8 or config.model.head_dim > 256):
+        raise ConfigError(
+            told(config, "attention_backend"),
+            f"FlashAttention-4 takes heads of 8, 16, ... 256 channels, not {config.model.head_dim}",
+            "use --attention-backend auto",
+        )
+    if backend in ("flash", "flash4") and config.model.window_size is not None:
         raise ConfigError(
             told(config, "attention_backend", "window_size"),
-            "PyTorch's FlashAttention takes no window",
+            "FlashAttention takes no window here",
             "use --attention-backend auto",
         )
 

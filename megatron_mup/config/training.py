@@ -50,11 +50,13 @@ class TrainingConfig:
     """Compile each transformer layer with torch.compile."""
     cuda_graph_impl: Literal["none", "local"] = "none"
     """Launch the kernels of forward and backward one by one; or all at once, as a CUDA graph that the fourth step
-    captures: for a small model on one GPU. Changes nothing on a CPU."""
+    captures: for a model whose kernels end before the host has launched the next, on one GPU or under FSDP2. Changes
+    nothing on a CPU."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Whose matrix products the layers take: PyTorch's, or Transformer Engine's."""
-    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
-    """Attention kernel: PyTorch's choice; FlashAttention; cuDNN; the plain formula."""
+    attention_backend: Literal["auto", "flash", "flash4", "fused", "unfused"] = "auto"
+    """Attention kernel: PyTorch's choice; PyTorch's FlashAttention; FlashAttention-4, a package of its own for Hopper
+    GPUs and later; cuDNN; the plain formula."""
     norm_impl: Literal["native", "apex"] = "native"
     """Whose kernels norms are on a GPU: PyTorch's, which a compiler fuses with their neighbours, or Apex's."""
     cross_entropy_z_loss: float = 0.0

@@ -71,8 +71,8 @@ def _experts(config: Config) -> Iterable[tuple[list[str], bool, str]]:
 def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     optimizer, schedule = config.optimizer, config.schedule
     name = f"the optimizer is {optimizer.optimizer}"
-    matrix_only = [*_names("muon_"), "scalar_optimizer", "optimizer_cuda_graph", "print_optimizer_plan"]
-    yield matrix_only, optimizer.optimizer == "adam", name
+    matrix_only = [*_names("muon_", "optimizer_plan_"), "optimizer_cuda_graph", "print_optimizer_plan"]
+    yield ["scalar_optimizer", *matrix_only], optimizer.optimizer == "adam", name
     scaled = ("muon", "normuon", "dion")
     yield ["muon_scale_mode", "muon_extra_scale_factor"], optimizer.optimizer not in scaled, name
     yield ["muon_nesterov"], optimizer.optimizer in ("scion", "dion"), name
@@ -98,7 +98,7 @@ def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield decay, optimizer.optimizer == "scion", "scion's balls take the place of weight decay"
     tied = not config.model.untie_embeddings_and_output_weights
     no_table = tied and config.model.position_embedding_type != "learned_absolute"
-    yield ["scion_embedding_radius"], no_table, "the embedding is tied to the output layer; --scion-output-radius rules"
+    yield _names("scion_embedding_"), no_table, "the embedding is tied to the output layer; --scion-output-radius rules"
     rest = "adam" if optimizer.optimizer == "adam" else optimizer.scalar_optimizer
     spared = f"what is no hidden matrix is trained by {rest}"
     yield _names("lion_"), rest != "lion", spared

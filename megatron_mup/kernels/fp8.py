@@ -78,10 +78,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, kept = ctx.saved_tensors
         _, of_weight, of_input = (factor / ctx.gradient_scale for factor in ctx.factors)
-        flat = saturated(grad.flatten(0, -2) * ctx.gradient_scale, ctx.gradient)
+        flat, columns = both_ways(grad.flatten(0, -2), ctx.gradient, ctx.gradient_scale)
         grad_x = fp8_product(flat, _columns(kept), of_input, grad.dtype, fast=False)
-        operands = transposed(flat, ctx.gradient), transposed(rows, E4M3)
-        grad_weight = fp8_product(*operands, of_weight, ctx.dtype, fast=False)
+        grad_weight = fp8_product(columns, transposed(rows, E4M3), of_weight, ctx.dtype, fast=False)
         return grad_x.unflatten(0, grad.shape[:-1]), grad_weight, None, None, None, None
 
 
@@ -117,9 +116,9 @@ class _MLP(torch.autograd.Function):
         (_, of_first, of_x), (_, of_second, of_inner) = (
             tuple(factor / ctx.gradient_scale for factor in each) for each in ctx.factors
         )
-        flat = saturated(grad.flatten(0, -2) * ctx.gradient_scale, ctx.gradient)
+        flat, turned = both_ways(grad.flatten(0, -2), ctx.gradient, ctx.gradient_scale)
         d = fp8_product(flat, _columns(second), of_inner, grad.dtype, fast=False)
-        d_second = fp8_product(transposed(flat, ctx.gradient), columns, of_second, ctx.dtype, fast=False)
+        d_second = fp8_product(turned, columns, of_second, ctx.dtype, fast=False)
         run, mult, weight = ctx.act
         d_rows, d_columns = swiglu_backward_fp8(inner, d, run, mult, weight * ctx.gradient_scale, ctx.gradient)
         d_x = fp8_product(d_rows, _columns(first), of_x, grad.dtype, fast=False)

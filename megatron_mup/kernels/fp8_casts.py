@@ -71,23 +71,23 @@ def _(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.new_empty(x.shape[::-1], dtype=dtype)
 
 
-def both_ways(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`saturated` ``[m, n]`` and its transpose, contiguous, in one pass."""
+def both_ways(x: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """``factor`` times ``[m, n]``, `saturated`, and its transpose, contiguous, in one pass."""
     if HAS_KERNEL and x.is_cuda:
-        return _both_ways(x, dtype)
-    rows = saturated(x, dtype)
+        return _both_ways(x, dtype, factor)
+    rows = saturated(x if factor == 1 else x * factor, dtype)
     return rows, rows.t().contiguous()
 
 
 @torch.library.custom_op("megatron_mup::fp8_both_ways", mutates_args=(), device_types="cuda")
-def _both_ways(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _both_ways(x: torch.Tensor, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = _empty(x.shape, x, dtype)
-    kernels_of("fp8_casts").transpose(x.contiguous(), columns, rows)
+    kernels_of("fp8_casts").transpose(x.contiguous(), columns, rows, factor)
     return rows, columns
 
 
 @_both_ways.register_fake
-def _(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, dtype: torch.dtype, _factor: float) -> tuple[torch.Tensor, torch.Tensor]:
     return _empty(x.shape, x, dtype)
 
 

@@ -32,12 +32,13 @@ def _store(value, rows, row, column, m, n, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _transpose(x, rows, out, m, n, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _transpose(x, rows, out, m, n, FACTOR: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     row, column = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < m)[:, None] & (column < n)[None, :]
     value = tl.load(x + row.to(tl.int64)[:, None] * n + column[None, :], mask=inside)
     if x.dtype.element_ty != out.dtype.element_ty:
-        value = _to_fp8(value.to(tl.float32), out, LIMIT)
+        value = value.to(tl.float32)
+        value = _to_fp8(value if FACTOR == 1 else value * FACTOR, out, LIMIT)
     if rows is not None:
         tl.store(rows + row.to(tl.int64)[:, None] * n + column[None, :], value, mask=inside)
     tl.store(out + column.to(tl.int64)[:, None] * m + row[None, :], tl.trans(value), mask=tl.trans(inside))
@@ -95,12 +96,13 @@ def _swiglu_backward(
     _store(value, rows, row, column, m, 2 * width, LIMIT)
 
 
-def transpose(x: torch.Tensor, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-    """See :func:`megatron_mup.kernels.fp8_casts.transposed`; all contiguous. ``rows`` gets the cast as well."""
+def transpose(x: torch.Tensor, out: torch.Tensor, rows: torch.Tensor | None = None, factor: float = 1.0) -> None:
+    """See :func:`megatron_mup.kernels.fp8_casts.transposed`; all contiguous. ``rows`` gets the cast as well, ``factor``
+    is on the values of what is cast."""
     (m, n), (height, width) = x.shape, _TILE
     grid = triton.cdiv(n, width), triton.cdiv(m, height)
     limit = torch.finfo(out.dtype).max
-    _transpose[grid](x, rows, out, m, n, LIMIT=limit, BM=height, BN=width, num_warps=_WARPS)
+    _transpose[grid](x, rows, out, m, n, FACTOR=factor, LIMIT=limit, BM=height, BN=width, num_warps=_WARPS)
 
 
 def swiglu(

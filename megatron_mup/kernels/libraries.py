@@ -1,4 +1,5 @@
-"""Fused kernels of NVIDIA's libraries, Apex and Transformer Engine, for NVIDIA GPUs: AdamW's step, and norms.
+"""Fused kernels of NVIDIA's libraries, Apex and Transformer Engine, for NVIDIA GPUs: AdamW's step, and norms; and which
+libraries this machine can use.
 
 Their plain twins are :class:`torch.optim.AdamW`, :func:`torch.nn.functional.rms_norm` and
 :func:`torch.nn.functional.layer_norm`.
@@ -12,20 +13,29 @@ from typing import Any
 
 import torch
 
+from megatron_mup.kernels import flash4
+
 _OPTIMIZERS = {"apex": "apex.optimizers", "transformer_engine": "transformer_engine.pytorch.optimizers"}
-_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda")
-"""Apex's CUDA extensions; its Python part can be there without them."""
+_NEEDED = {
+    # Apex's Python part can be there without its CUDA extensions.
+    "apex": (_OPTIMIZERS["apex"], "amp_C", "fused_layer_norm_cuda"),
+    "transformer_engine": (_OPTIMIZERS["transformer_engine"],),
+    "flash4": (flash4.INTERFACE,),
+}
 
 
 def obstacle(library: str) -> str | None:
-    """Why kernels of ``apex`` or ``transformer_engine`` can't be used here; None if they can."""
+    """Why kernels of ``apex``, ``transformer_engine`` or ``flash4`` can't be used here; None if they can."""
     if not torch.cuda.is_available():
         return "it needs an NVIDIA GPU, and PyTorch sees none here"
+    if library == "flash4" and torch.cuda.get_device_capability()[0] not in flash4.COMPUTE_CAPABILITIES:
+        return f"FlashAttention-4's gradient has no kernel for {torch.cuda.get_device_name()}"
     try:
-        for module in (_OPTIMIZERS[library], *(_EXTENSIONS if library == "apex" else ())):
+        for module in _NEEDED[library]:
             importlib.import_module(module)
-    except ImportError as error:
-        return str(error)
+    # A build for another PyTorch, CUDA or CUTLASS fails in many ways.
+    except Exception as error:
+        return f"importing it failed: {type(error).__name__}: {error}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Many tensors times a number that the device knows, in place."""
+"""Tensors times numbers that the device knows: many by one in place, or each matrix of a batch by its own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,25 @@ def multiply_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
     for tensor in tensors:
         if HAS_KERNEL and tensor.is_cuda and tensor.dtype != torch.float32 and tensor.is_contiguous():
             if tensor.numel():
-                kernels_of("multiply").launch(tensor, factor)
+                kernels_of("multiply").launch(tensor, factor, tensor)
         else:
             plain.append(tensor)
     if plain:
         torch._foreach_mul_(plain, factor)
+
+
+def multiplied(x: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Each matrix times its factor, computed in fp32 and rounded once to ``dtype``.
+
+    PyTorch does that at half of the memory's speed where types differ: on a GPU it goes through a kernel of our own.
+
+    Args:
+        x: ``[batch, m, n]``.
+        factors: fp32 ``[batch]``.
+        dtype: of the result, which is contiguous.
+    """
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if HAS_KERNEL and x.is_cuda and x.is_contiguous() and x.numel():
+        kernels_of("multiply").launch(x, factors, out)
+        return out
+    return torch.mul(x, factors.view(-1, 1, 1), out=out)

@@ -55,18 +55,18 @@ class Pieces:
         self.tables = tile_tables(self.pieces, device, unaligned) if device.type == "cuda" else []
         self._matrices: dict[int, torch.Tensor] = {}
 
-    def tiles_of_matrices(self, size: int) -> torch.Tensor:
+    def tiles_of_matrices(self, size: int, count: int) -> torch.Tensor:
         """Numbers of the tiles that lie in each ``size`` elements of the buffer; -1 where there are no more.
 
         Made once, and not while a CUDA graph is recorded.
 
         Returns:
-            int64 ``[buffer / size, most tiles of one]``.
+            int64 ``[count, most tiles of one]``.
         """
         if size not in self._matrices:
             places = torch.cat([tiles[:, 2] for _, tiles in self.tables]).cpu() // size
             order = places.argsort(stable=True)
-            counts = places.bincount()
+            counts = places.bincount(minlength=count)
             rows = order.split(counts.tolist())
             table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
             self._matrices[size] = table.to(self.tables[0][1].device)
@@ -184,12 +184,19 @@ def advance(
         advance_reference(grads, momenta, out, pieces, momentum)
         return None
     squares = kernels.advance(grads, momenta, out, pieces, momentum, matrices > 0)
-    return None if squares is None else _norms(squares, pieces, out.numel() // matrices)
+    return None if squares is None else _norms(squares, pieces, out.numel() // matrices, matrices)
 
 
-def _norms(squares: torch.Tensor, pieces: Pieces, size: int) -> torch.Tensor:
-    """Of matrices of ``size`` elements, from the sums of squares of tiles."""
-    return squares[pieces.tiles_of_matrices(size)].sum(-1).sqrt()
+def _norms(squares: torch.Tensor, pieces: Pieces, size: int, count: int) -> torch.Tensor:
+    """Of ``count`` matrices of ``size`` elements, from the sums of squares of tiles."""
+    return squares[pieces.tiles_of_matrices(size, count)].sum(-1).sqrt()
+
+
+def joined_norms(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """Norms of matrices from those of two parts of each; None of a part that is empty, or of both on a CPU."""
+    if one is None or other is None:
+        return other if one is None else one
+    return torch.hypot(one, other)
 
 
 def advance_reference(
@@ -229,16 +236,13 @@ def move(source: torch.Tensor, out: torch.Tensor, pieces: Pieces, matrices: int 
         move_reference(source, out, pieces)
         return None
     squares = kernels.move(source, out, pieces, matrices > 0)
-    return None if squares is None else _norms(squares, pieces, out.numel() // matrices)
+    return None if squares is None else _norms(squares, pieces, out.numel() // matrices, matrices)
 
 
 def move_reference(source: torch.Tensor, out: torch.Tensor, pieces: Pieces) -> None:
     """The plain twin of :func:`move`, which defines it."""
-    own = pieces.pieces
-    torch._foreach_copy_(
-        [out[piece.place : piece.place + piece.length] for piece in own],
-        [source[piece.start : piece.start + piece.length] for piece in own],
-    )
+    for piece in pieces.pieces:
+        out[piece.place : piece.place + piece.length].copy_(source[piece.start : piece.start + piece.length])
 
 
 def apply(values: Shards, results: torch.Tensor, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor) -> None:

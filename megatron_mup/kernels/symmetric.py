@@ -1,13 +1,15 @@
 """Batched matrix products whose result is known to be symmetric: half the work of a plain product.
 
 ``X X^T``, ``X^T X`` and products of symmetric matrices that commute. :func:`symmetric_product` runs a Triton kernel on
-Hopper and later GPUs and its plain twin, :func:`symmetric_product_reference`, elsewhere.
+Hopper and later GPUs (Hopper has one of its own) and its plain twin, :func:`symmetric_product_reference`, elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -52,6 +54,29 @@ def _device_has_kernel(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (9, 0)
         and importlib.util.find_spec("triton") is not None
     )
+
+
+_beside_messages = False
+
+
+@contextmanager
+def beside_messages(yes: bool) -> Iterator[None]:
+    """Products inside, if ``yes``, run beside messages between GPUs, whose kernels hold some multiprocessors.
+
+    Hopper's kernel has one program for each of them, and those that find no room would start when others have ended.
+    """
+    global _beside_messages
+    before, _beside_messages = _beside_messages, yes
+    try:
+        yield
+    finally:
+        _beside_messages = before
+
+
+@functools.cache
+def _kernel_of(device: torch.device) -> str:
+    """The module of the device's kernel: Hopper's multiplies by instructions that later GPUs don't have."""
+    return "symmetric_hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "symmetric"
 
 
 def kernel_takes(*operands: torch.Tensor) -> bool:
@@ -105,5 +130,8 @@ def symmetric_product(
             a, b, form, alpha=alpha, beta=beta, d=d, diagonal=diagonal, scale=scale, dtype=dtype
         )
     out = torch.empty(a.shape[0], n, n, dtype=dtype, device=a.device)
-    kernels_of("symmetric").launch(a, b, out, d, scale, alpha, beta, diagonal, form)
+    # Hopper's has not been seen to be right on parts of a larger memory.
+    alone = not _beside_messages and all(operand.is_contiguous() for operand in operands)
+    kernel = _kernel_of(a.device) if alone else "symmetric"
+    kernels_of(kernel).launch(a, b, out, d, scale, alpha, beta, diagonal, form)
     return out

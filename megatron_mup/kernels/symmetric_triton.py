@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megatron_mup.kernels.late import run
+
 _CELL = 128  # the result is cut into cells of this side
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -184,7 +186,9 @@ def launch(
     pair = [1, tuning.depth, 2 * _CELL] if by_columns else [1, 2 * _CELL, tuning.depth]
     left = TensorDescriptor.from_tensor(a, cell)
     target = TensorDescriptor.from_tensor(out, [1, _CELL, _CELL])
-    _kernel[(matrices * columns * (columns + 1),)](
+    run(
+        _kernel,
+        matrices * columns * (columns + 1),
         left,
         TensorDescriptor.from_tensor(b, pair),
         left if a is b else TensorDescriptor.from_tensor(b, cell),

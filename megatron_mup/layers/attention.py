@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_mup.config import Config
+from megatron_mup.kernels.flash4 import flash4
 from megatron_mup.kernels.segments import kernel_takes
 from megatron_mup.layers.context import causal_attention, gathered, masked_attention, ring_attention
 from megatron_mup.layers.dropout import drop
@@ -29,19 +30,29 @@ KERNELS = {
     SDPBackend.EFFICIENT_ATTENTION: "memory-efficient attention",
     SDPBackend.MATH: "the formula",
 }
+OPERATIONS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.megatron_mup.flash4.default,
+)
+"""Whole attention, as PyTorch's dispatcher and compiler see it."""
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "fused": SDPBackend.CUDNN_ATTENTION}
 
 
-def kernel_of_auto(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The kernel that PyTorch takes for this run's attention with ``--attention-backend auto``, by name; None where
-    the flags name one, or attention is more than causal.
+def kernel_chosen(config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The kernel that ``--attention-backend auto`` comes to in this run, by name: FlashAttention-4, or what PyTorch
+    takes; None where the flags name another, or attention is more than causal.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration, settled.
         device: where it runs.
         dtype: of queries, keys and values.
     """
     model, training, tp = config.model, config.training, config.parallel.tensor_model_parallel_size
+    if training.attention_backend == "flash4":
+        return "FlashAttention-4"
     masked = (
         config.data.reset_attention_mask or model.window_size is not None or config.parallel.context_parallel_size > 1
     )
@@ -226,6 +237,8 @@ class Attention(nn.Module, ABC):
         """Attention to all keys at hand; arguments as for `plain_attention`."""
         if self.unfused:
             return plain_attention(query, key, value, self.scale, mask, thin)
+        if self.backend == "flash4" and mask is None:
+            return flash4(query, key, value, self.scale)[0]
         with self.kernel():
             return F.scaled_dot_product_attention(
                 query,

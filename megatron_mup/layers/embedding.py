@@ -127,7 +127,8 @@ class OutputLayer(nn.Module):
             x: normed hidden states.
             shared: weight of a tied embedding on this stage.
         """
-        return F.linear(*self.operands(x, shared))[..., : self.rows(shared)]
+        logits, rows = F.linear(*self.operands(x, shared)), self.rows(shared)
+        return logits if logits.shape[-1] == rows else logits[..., :rows]  # FSDP2, which hooks it, wants no view
 
     def rows(self, shared: torch.Tensor | None) -> int:
         """Rows of the vocabulary on this rank."""

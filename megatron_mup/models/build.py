@@ -11,7 +11,7 @@ from megatron_mup.config.schedules import stages_of_rank
 from megatron_mup.layers.moe import MoE
 from megatron_mup.models.chunks import Chunks, Model
 from megatron_mup.models.gpt import GPT, Stage
-from megatron_mup.parallel.data_parallel import parameter_dtype, shard_over_data, use_copy_engines
+from megatron_mup.parallel.data_parallel import Units, parameter_dtype, shard_over_data, use_copy_engines
 from megatron_mup.parallel.mesh import Mesh
 
 
@@ -35,10 +35,11 @@ def build_stage(config: Config, vocab_size: int, mesh: Mesh, number: int) -> GPT
     with torch.device("meta"):
         model = GPT(config, vocab_size, stage, mesh.tp, parameter_dtype(config, mesh), mesh.ep, mesh.cp)
     layers = list(model.decoder.layers.values())
-    shard_over_data(model, layers, model.experts(), config, mesh)
+    units = Units(layers, model.experts(), model.heads())
+    shard_over_data(model, units, config, mesh)
     if config.parallel.distributed_engine == "native":  # DeepSpeed's gives memory by itself
         model.to_empty(device=mesh.device)
-        use_copy_engines(model, layers, model.experts(), config, mesh)
+        use_copy_engines(model, units, config, mesh)
     for router in model.routers().values():
         router.reset()
     if config.training.torch_compile:

@@ -276,6 +276,13 @@ class GPT(nn.Module):
         """This rank's experts of each layer that has some."""
         return [moe.experts for moe in self._moes().values()]
 
+    def heads(self) -> list[nn.Module]:
+        """The output layer where FSDP2's hooks can be on it: it has weights, runs as a module, and returns no view."""
+        head = self.output_layer
+        if head is None or head.weight is None or self.config.training.cross_entropy_fusion_impl != "native":
+            return []
+        return [] if head.weight.shape[0] % head.multiple else [head]
+
     def _moes(self) -> dict[int, MoE]:
         mlps = {int(number): layer.mlp for number, layer in self.decoder.layers.items()}
         return {number: mlp for number, mlp in mlps.items() if isinstance(mlp, MoE)}

@@ -6,9 +6,37 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from megatron_mup.kernels.shards import Piece
 from megatron_mup.optim.exchange import Parcel
 from megatron_mup.parametrization.meta import Block
+
+LANES = 2
+"""Of a CUDA graph, for batches that go side by side (`graphs.Lanes`), where chunks are small: among several ranks."""
+
+BATCH_BYTES = 1 << 29
+"""Of equal-shape matrices that are orthonormalized at once, in Newton-Schulz's precision; a larger matrix goes alone.
+Bounds the memory of a step to a small multiple of it, or of the largest matrix. A quarter of it in each of two lanes
+keeps an H100 as busy, but costs optimizers with much to do once per batch."""
+
+
+def lanes_of(ranks: int) -> int:
+    """How many lanes the ranks that share matrices have each."""
+    return 1 if ranks == 1 else LANES
+
+
+def matrices_at_once(size: int, device: torch.device, lanes: int = 1, count: int = 1 << 62) -> int:
+    """Of ``count`` matrices of ``size`` bytes, how many go through a home's arithmetic together: some for each lane.
+
+    On a CPU one: results must not depend on which matrices share a home, and so on the layout, by as much as a bit.
+    """
+    if device.type == "cpu":
+        return 1
+    if lanes == 1:
+        return max(1, BATCH_BYTES // size)
+    few, many = (max(1, part // size) for part in (BATCH_BYTES // 16, BATCH_BYTES // 4))
+    return min(many, max(few, math.ceil(count / lanes)))
 
 
 @dataclass(frozen=True)
@@ -48,6 +76,11 @@ class Batch:
     def numel(self) -> int:
         """Elements."""
         return self.matrices * math.prod(self.shape)
+
+    @property
+    def cost(self) -> float:
+        """What orthonormalizing them takes, in proportion."""
+        return float(self.numel * min(self.shape))
 
 
 def runs_of_block(block: Block, rows: int, matrices: range) -> list[Run]:

@@ -50,11 +50,10 @@ def shared_settings(flags: OptimizerConfig, device: torch.device) -> dict[str, A
     precision = flags.muon_ns_dtype
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
-    sphere = flags.optimizer in _SPHERE
     return {
         "momentum": momentum(flags),
         "momentum_style": flags.muon_momentum_style,
-        "num_ns_steps": flags.muon_num_ns_steps or (8 if sphere else 5),
+        "num_ns_steps": flags.ns_steps,
         "coefficients": _coefficients(flags),
         "split_qkv": flags.muon_split_qkv,
         "split_heads": flags.muon_split_heads,
@@ -81,6 +80,8 @@ def build_matrix(
     """The optimizer of hidden matrices that the ranks of ``mesh`` share. Collective over them."""
     flags = config.optimizer
     shared = shared_settings(flags, device)
+    measured = flags.optimizer_plan_cost == "measured" and not config.training.deterministic_mode
+    shared["measured_costs"] = measured and device.type == "cuda"
     if name == "scion":
         return Muon(params, hidden_settings(flags.scion_radius, **shared), mesh)
     shared["nesterov"] = flags.muon_nesterov
@@ -137,6 +138,8 @@ def build_tables(params: Numbered, config: Config) -> ScionTables:
         momentum=momentum(flags),
         output_radius=flags.scion_output_radius,
         embedding_radius=flags.scion_embedding_radius,
+        output_norm=flags.scion_output_norm,
+        embedding_norm=flags.scion_embedding_norm,
         tied=not config.model.untie_embeddings_and_output_weights,
     )
     return ScionTables(params, settings)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mup.kernels.shards import Pieces
 from megatron_mup.optim.batches import Batch
-from megatron_mup.optim.exchange import Load
+from megatron_mup.optim.exchange import Way
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,21 @@ class Chunk:
         matrices: numbers of its logical matrices.
         batches: of those whose home is here.
         packing: by batch, where its rows are in whole tensors.
-        unpacking: by batch, where they are in what arrives.
-        repacking: by batch, where they go in what is sent back.
-        homeward, back: what is sent and received on either way.
+        kept: by batch, what is on this rank of its rows, where it is in shards.
+        unpacking: by batch, where the others are in what arrives.
+        repacking: by batch, where these go in what is sent back.
+        homeward, back: where all of it is on either way.
         shards, results: pieces of shards where they are sent, and where what comes back is received.
     """
 
     matrices: slice
     batches: list[Batch]
     packing: list[Pieces]
+    kept: list[Pieces]
     unpacking: list[Pieces]
     repacking: list[Pieces]
-    homeward: tuple[Load, Load]
-    back: tuple[Load, Load]
+    homeward: Way
+    back: Way
     shards: Pieces
     results: Pieces
 
@@ -50,10 +52,8 @@ class Buffers:
     def __init__(
         self, chunks: Sequence[Chunk], dtype: torch.dtype, weights: torch.dtype | None, device: torch.device
     ) -> None:
-        up = [max(chunk.homeward[i].numel for chunk in chunks) for i in range(2)]
-        back = [max(chunk.back[i].numel for chunk in chunks) for i in range(2)]
-        self.updates, self.arrived = (torch.empty(n, dtype=dtype, device=device) for n in up)
-        self.weights, self.arrived_weights = (
-            torch.empty(n if weights else 0, dtype=weights, device=device) for n in up
-        )
-        self.results, self.returned = (torch.empty(n, dtype=dtype, device=device) for n in back)
+        up = max(chunk.homeward.numel for chunk in chunks)
+        back = max(chunk.back.numel for chunk in chunks)
+        self.updates = torch.empty(up, dtype=dtype, device=device)
+        self.weights = torch.empty(up if weights else 0, dtype=weights, device=device)
+        self.results = torch.empty(back, dtype=dtype, device=device)

@@ -11,13 +11,14 @@ from typing import ClassVar
 
 import torch
 
+from megatron_mup.optim.blocks import block_shape
 from megatron_mup.optim.exchange import MatrixRanks
 from megatron_mup.optim.experts import ExpertPart
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.matrix import Kept, Whole, block_shape
 from megatron_mup.optim.muon import Muon, MuonSettings
 from megatron_mup.optim.newton_schulz import full_fp32_products
 from megatron_mup.optim.thin import split_gram, split_product
+from megatron_mup.optim.whole import Kept, Whole
 from megatron_mup.parametrization.counter import derive_key, hash_u64
 from megatron_mup.parametrization.init import normal
 from megatron_mup.parametrization.meta import ParamMeta

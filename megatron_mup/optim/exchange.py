@@ -56,9 +56,15 @@ class Parcel:
         return buffer[self.place : self.place + self.numel].view(self.shape)
 
 
+Parts = Sequence[tuple[str, Bounds]]
+"""Parts of matrices, by name."""
+
+_LINE = 64  # elements
+
+
 @dataclass(frozen=True)
 class Load:
-    """What a rank sends to, or gets from, each rank of the domain, in one flat buffer, rank after rank.
+    """What a rank sends to, or gets from, each rank of the domain, in a part of a flat buffer, rank after rank.
 
     Attributes:
         parcels: all of them.
@@ -69,10 +75,10 @@ class Load:
     counts: tuple[int, ...]
 
     @staticmethod
-    def of(by_rank: Iterable[Iterable[tuple[str, Bounds]]]) -> Load:
-        """From names and bounds, rank by rank."""
+    def of(by_rank: Iterable[Parts], start: int = 0) -> Load:
+        """From names and bounds, rank by rank; the first one's place is ``start``."""
         parcels: list[Parcel] = []
-        counts, end = [], 0
+        counts, end = [], start
         for parts in by_rank:
             begin = end
             for name, (offsets, shape) in parts:
@@ -83,8 +89,37 @@ class Load:
 
     @property
     def numel(self) -> int:
-        """Elements of the buffer."""
+        """Elements."""
         return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Both ends of an all-to-all in one flat buffer: what a rank sends to others, then what it gets from them.
+
+    Attributes:
+        sent, got: between this rank and others.
+        kept: what a rank would send to itself. It stays where it is; places count from zero.
+        begin: place of the first element that arrives.
+    """
+
+    sent: Load
+    got: Load
+    kept: Load
+    begin: int
+
+    @staticmethod
+    def of(sent: Sequence[Parts], got: Sequence[Parts], rank: int) -> Way:
+        """From what ``rank`` sends to each rank and gets from each; what it gets from itself is what it sends."""
+        out = Load.of([] if r == rank else parts for r, parts in enumerate(sent))
+        begin = math.ceil(out.numel / _LINE) * _LINE
+        arriving = Load.of(([] if r == rank else parts for r, parts in enumerate(got)), begin)
+        return Way(out, arriving, Load.of([sent[rank]]), begin)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the buffer."""
+        return self.begin + self.got.numel
 
 
 class Exchange:
@@ -128,32 +163,33 @@ class Exchange:
             return (0,) * len(meta.shape), meta.shape
         return self._mesh.matrix_bounds(meta, self.places[rank])
 
-    def to_homes(self, chunk: Sequence[Assignment]) -> tuple[Load, Load]:
-        """What this rank sends, and what it gets, where shards of a chunk travel to the homes of their replica."""
+    def to_homes(self, chunk: Sequence[Assignment]) -> Way:
+        """The way of a chunk's shards to the homes of their replica; of none where all matrices are whole."""
         ranks = range(self.ranks)
+        if not self.is_cut:
+            return Way.of([[] for _ in ranks], [[] for _ in ranks], self.rank)
         own = {a.meta.name: self.bounds(a.meta, self.rank) for a in chunk}
         sent = [[(a.meta.name, own[a.meta.name]) for a in chunk if a.home == r and self.holds(r)] for r in ranks]
         got = [
             [(a.meta.name, self.bounds(a.meta, r)) for a in chunk if a.home == self.rank and self.holds(r)]
             for r in ranks
         ]
-        return Load.of(sent), Load.of(got)
+        return Way.of(sent, got, self.rank)
 
-    def from_homes(self, chunk: Sequence[Assignment]) -> tuple[Load, Load]:
-        """What this rank sends, and what it gets, where every rank gets its shard of every result of a chunk."""
+    def from_homes(self, chunk: Sequence[Assignment]) -> Way:
+        """The way back, on which every rank gets its shard of every result of a chunk."""
         ranks = range(self.ranks)
         sent = [[(a.meta.name, self.bounds(a.meta, r)) for a in chunk if a.home == self.rank] for r in ranks]
         got = [[(a.meta.name, self.bounds(a.meta, self.rank)) for a in chunk if a.home == r] for r in ranks]
-        return Load.of(sent), Load.of(got)
+        return Way.of(sent, got, self.rank)
 
-    def start(self, loads: tuple[Load, Load], send: torch.Tensor, received: torch.Tensor) -> Callable[[], None]:
-        """Starts an all-to-all from one flat buffer to another; both may be longer. The function waits for it."""
-        sent, got = loads
+    def start(self, way: Way, buffer: torch.Tensor) -> Callable[[], None]:
+        """Starts an all-to-all in a flat buffer, which may be longer. The function waits for it."""
         work = dist.all_to_all_single(
-            received[: got.numel],
-            send[: sent.numel],
-            list(got.counts),
-            list(sent.counts),
+            buffer[way.begin : way.begin + way.got.numel],
+            buffer[: way.sent.numel],
+            list(way.got.counts),
+            list(way.sent.counts),
             group=self.group,
             async_op=True,
         )

@@ -6,6 +6,9 @@ four symmetric n^3 products instead of a pass over X, and each block one symmetr
 
 Rounding limits the length of a block. It leaves small eigenvalues of R slightly negative, and a negative one grows by
 a^2 and more each step where a positive one is held at 1. A new block forms R from X anew, which has no negative ones.
+
+A step of higher degree, by squarings (`optim.coefficients`), is a block by itself: as many symmetric products as it has
+squarings, and what is slightly negative stays so.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_mup.kernels.multiply import multiplied
 from megatron_mup.kernels.symmetric import Form, symmetric_product
+from megatron_mup.optim.coefficients import Coefficients, Step, squarings
 from megatron_mup.optim.thin import image, split_factors
 
 Watch = Callable[[torch.Tensor, torch.Tensor], None]
@@ -42,6 +47,9 @@ EIGHT = {"polar_express": (2, 2, 4)}
 _SCALE_R = 2.0**13
 _SCALE_P = 2.0**10
 _LARGEST_Q = 2.0**15
+# With squarings S is in [-1, 1], and X, whose entries are far smaller as a rule, is in fp16 too.
+_SCALE_S = 2.0**14
+_SCALE_X = 2.0**6
 
 _ROOM = 128  # columns; a correction of 42 fp32 factors, where those of `tangent` are 18 or 23
 
@@ -52,9 +60,11 @@ def block_lengths(name: str, steps: int, square: bool = False) -> tuple[int, ...
     Of square matrices two, and then one each: the same FLOPs, more of them in plain products, which run at a higher
     rate, and nearer to exact arithmetic. (A first block of one step would leave its rounding to four others.)
     """
+    base = name.partition(":")[0]
+    if base == "squaring":
+        return (1,) * steps
     if square and steps > 2:
         return (2, *(1,) * (steps - 2))
-    base = name.partition(":")[0]
     for blocks in (BLOCKS, EIGHT):
         if base in blocks and sum(blocks[base]) == steps:
             return blocks[base]
@@ -64,7 +74,7 @@ def block_lengths(name: str, steps: int, square: bool = False) -> tuple[int, ...
 @torch.no_grad()
 def gram_newton_schulz(
     x: torch.Tensor,
-    schedule: tuple[tuple[float, float, float], ...],
+    schedule: Coefficients,
     lengths: tuple[int, ...],
     eps: float,
     watch: Watch | None = None,
@@ -77,7 +87,7 @@ def gram_newton_schulz(
 
     Args:
         x: bf16 ``[batch, m, n]``; left as it is.
-        schedule: (a, b, c) of each step.
+        schedule: coefficients of each step, without squarings.
         lengths: steps of each block.
         eps: smallest norm to divide by.
         watch: is shown the iterate before each block; the first of them not normalized.
@@ -129,7 +139,7 @@ def _corrected(
     return torch.bmm(torch.cat([q, left], -1), joined.mT)
 
 
-def _block_product(r: torch.Tensor, steps: list[tuple[float, float, float]], factor: torch.Tensor) -> torch.Tensor:
+def _block_product(r: torch.Tensor, steps: list[Step], factor: torch.Tensor) -> torch.Tensor:
     """``factor`` times the product Q of a block's polynomials, in bf16, from R in fp16 times ``_SCALE_R``."""
     q, q_scale, largest = r, 1.0, 1.0
     for i, (a, b, c) in enumerate(steps):
@@ -164,3 +174,49 @@ def _product_scale(first: bool, last: bool, largest: float) -> float:
     if last:
         return 1.0
     return _SCALE_P if first else 2.0 ** math.floor(math.log2(_LARGEST_Q / largest))
+
+
+@torch.no_grad()
+def gram_squarings(
+    x: torch.Tensor, schedule: Coefficients, eps: float, norm: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Newton-Schulz steps by squarings on bf16 matrices.
+
+    Everything between is in fp16: where singular values are few, a Q that is 46 times the identity next to them cancels
+    on their vectors, and bf16's rounding would leave eight times as much there.
+
+    Args:
+        x: bf16 ``[batch, m, n]``; left as it is.
+        schedule: coefficients of each step.
+        eps: smallest norm to divide by.
+        norm: fp32 ``[batch]``, Frobenius norms of x, if they are known.
+
+    Returns:
+        bf16 ``[batch, m, n]``, new memory.
+    """
+    tall = x.shape[-2] >= x.shape[-1]
+    if norm is None:
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
+    work = multiplied(x, _SCALE_X / norm.clamp(min=eps), torch.float16)
+    for number, step in enumerate(schedule):
+        if tall or number:
+            r = symmetric_product(work, work, "columns", alpha=_SCALE_R / _SCALE_X**2)
+        else:
+            r = symmetric_product(work, work, "rows", alpha=_SCALE_R / _SCALE_X**2)
+            work = work.mT
+        q = _squared(r, step)
+        last = number == len(schedule) - 1
+        work = torch.bmm(q, work.mT) if last and not tall else torch.bmm(work, q)
+    return multiplied(work, torch.full_like(norm, 1 / _SCALE_X), torch.bfloat16)
+
+
+def _squared(r: torch.Tensor, step: Step) -> torch.Tensor:
+    """A step's S in fp16, from R in fp16 times ``_SCALE_R``."""
+    s, s_scale, count = r, _SCALE_R, len(step) // 3
+    for number, (a, b, c) in enumerate(squarings(step), 1):
+        scale = _SCALE_S if number < count else 1.0
+        s = symmetric_product(
+            s, s, "symmetric", alpha=c * scale / s_scale**2, beta=b * scale / _SCALE_R, d=r, diagonal=a * scale
+        )
+        s_scale = scale
+    return s

@@ -11,20 +11,18 @@ import torch.distributed as dist
 
 from megatron_mup.kernels.shards import Pieces, advance, apply
 from megatron_mup.optim.batches import cut_runs, pieces_of_parcel
+from megatron_mup.optim.blocks import block_shape, logical_blocks
 from megatron_mup.optim.clip import gradients
-from megatron_mup.optim.coefficients import coefficient_schedule
+from megatron_mup.optim.coefficients import Step, coefficient_schedule, polynomial
 from megatron_mup.optim.exchange import Exchange, Parcel
 from megatron_mup.optim.gram import block_lengths
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.matrix import block_shape, logical_blocks
 from megatron_mup.optim.muon import Muon, MuonSettings
 from megatron_mup.optim.newton_schulz import full_fp32_products
 from megatron_mup.optim.planner import Assignment, Plan, make_plan
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import ParamMeta
 from megatron_mup.parametrization.table import Scaling
-
-Steps = Sequence[tuple[float, float, float]]
 
 
 def cut_dimension(meta: ParamMeta, mesh: Mesh) -> int | None:
@@ -35,16 +33,16 @@ def cut_dimension(meta: ParamMeta, mesh: Mesh) -> int | None:
     return 0 if tp == 1 else meta.tp_dim
 
 
-def polynomial_product(gram: torch.Tensor, steps: Steps) -> torch.Tensor:
-    """Product of the Newton-Schulz polynomials ``p(r) = a + b r + c r^2`` on the way of R, ``R <- p(R)^2 R``.
+def polynomial_product(gram: torch.Tensor, steps: Sequence[Step]) -> torch.Tensor:
+    """Product of the Newton-Schulz polynomials p on the way of R, ``R <- p(R)^2 R``.
 
     Args:
         gram: ``[batch, n, n]`` fp32, symmetric.
-        steps: (a, b, c) of each step.
+        steps: coefficients of each p.
     """
     product: torch.Tensor | None = None
-    for number, (a, b, c) in enumerate(steps):
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    for number, step in enumerate(steps):
+        poly, a = polynomial(gram, step)
         poly.diagonal(dim1=-2, dim2=-1).add_(a)
         product = poly if product is None else product @ poly
         if number + 1 < len(steps):
@@ -210,7 +208,7 @@ class GramMuon(Muon[MuonSettings]):
             ]
         return parts
 
-    def _polynomials(self, grams: torch.Tensor, slots: list[_Slot], steps: Steps, normalize: bool) -> None:
+    def _polynomials(self, grams: torch.Tensor, slots: list[_Slot], steps: Sequence[Step], normalize: bool) -> None:
         """Replaces the Gram matrices at home here by the polynomials' product; those of one size go together.
 
         The first time they are divided by their trace, which is the square of the matrix's Frobenius norm.

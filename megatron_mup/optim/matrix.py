@@ -4,157 +4,57 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum, auto
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Generic, TypeVar
 
 import torch
 
-from megatron_mup.kernels.shards import Momentum, Piece, Pieces, Shards, advance, apply, can_replay, is_unaligned, move
+from megatron_mup.kernels.late import compiled_ahead
+from megatron_mup.kernels.shards import (
+    Momentum,
+    Piece,
+    Pieces,
+    Shards,
+    advance,
+    apply,
+    can_replay,
+    is_unaligned,
+    joined_norms,
+    move,
+)
+from megatron_mup.kernels.symmetric import beside_messages
 from megatron_mup.optim.batches import (
     Batch,
     Run,
     arriving_pieces,
+    lanes_of,
     make_batches,
+    matrices_at_once,
     pieces_of_parcel,
     pieces_of_runs,
     runs_of_block,
     turned,
 )
+from megatron_mup.optim.blocks import MatrixSettings, block_shape, logical_blocks, take_block
 from megatron_mup.optim.chunks import Buffers, Chunk
 from megatron_mup.optim.clip import gradients
+from megatron_mup.optim.costs import counted_together, kind_of, shared_costs
 from megatron_mup.optim.exchange import Exchange, MatrixRanks
 from megatron_mup.optim.experts import ExpertPart, ExpertRanks
-from megatron_mup.optim.graphs import Replays
+from megatron_mup.optim.graphs import Lanes, Replays, Work
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.newton_schulz import orthonormalize
 from megatron_mup.optim.planner import Assignment, make_plan, newton_schulz_cost
+from megatron_mup.optim.whole import Kept, Norms, Whole, example
 from megatron_mup.parallel.layout import Layout
-from megatron_mup.parametrization.meta import Block, ParamMeta, Role
+from megatron_mup.parametrization.meta import ParamMeta
 from megatron_mup.parametrization.table import Scaling
 
-BATCH_BYTES = 1 << 29
-"""Of equal-shape matrices that are orthonormalized at once, in Newton-Schulz's precision; a larger matrix goes alone.
-Bounds the memory of a step to a small multiple of it, or of the largest matrix. Enough to keep a large GPU busy:
-sixteen matrices of 2048 x 8192 in bf16 fill an H100's processors to 97 %, two to 69 %."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixSettings:
-    """Settings that all matrices of an optimizer share; the fields follow the ``--muon-*`` flags."""
-
-    momentum: float = 0.95
-    momentum_style: str = "ema"
-    nesterov: bool = True
-    num_ns_steps: int = 5
-    coefficients: str = "quintic"
-    split_qkv: bool = True
-    split_heads: bool = False
-    split_fc1: bool = True
-    ns_dtype: torch.dtype = torch.float32
-    cuda_graph: bool = True
-
-
 SettingsT = TypeVar("SettingsT", bound=MatrixSettings)
-
-
-class Kept(Enum):
-    """Shape of a state that stays at a matrix's home."""
-
-    ROWS = auto()
-    """One number per row of the matrix: ``[rows, 1]``."""
-    INPUTS = auto()
-    """One vector over the columns for each logical matrix: ``[matrices, columns]``."""
-    MATRIX = auto()
-    """As the matrix: ``[rows, columns]``."""
-    BASIS = auto()
-    """A factor for each logical matrix, `MatrixOptimizer.basis_shape`: flat, one after the other."""
-
-
-Norms = tuple[torch.Tensor | None, torch.Tensor | None]
-
-
-@dataclass(frozen=True)
-class Whole:
-    """Logical matrices of one shape, whole, at their home.
-
-    Attributes:
-        update: ``[batch, out, in]``, what is to be made orthonormal.
-        weight: ``[batch, out, in]`` in the optimizer's precision, if the rule asks for it.
-        kept: states by kind, written in place: ``[batch, out, 1]`` (rows), ``[batch, in]`` (inputs) or
-            ``[batch, *basis_shape]`` (basis).
-        feed_back: adds a multiple of matrices like ``update`` to the momentum that is kept at home.
-        norms: fp32 ``[batch]``, Frobenius norms of ``update`` and of ``weight``, where packing has told.
-    """
-
-    update: torch.Tensor
-    weight: torch.Tensor | None
-    kept: Mapping[str, torch.Tensor]
-    feed_back: Callable[[torch.Tensor, float], None]
-    norms: Norms = (None, None)
-
-
-def logical_blocks(meta: ParamMeta, settings: MatrixSettings) -> tuple[Block, ...]:
-    """The matrices that are orthonormalized apart; the whole tensor is one block where it isn't split.
-
-    With ``split_heads`` each head of query, key and value is a matrix.
-
-    Raises:
-        ValueError: not a matrix, or blocks that don't cover each row once.
-    """
-    if len(meta.shape) != 2:
-        raise ValueError(f"{meta.name} has shape {meta.shape}; only matrices can be orthonormalized")
-    rows = meta.shape[0]
-    unsplit = (meta.role is Role.QKV and not settings.split_qkv) or (
-        meta.role is Role.MLP_IN and not settings.split_fc1
-    )
-    if meta.role is Role.EXPERT_IN and not settings.split_fc1:
-        return (Block("whole", 0, meta.fan_out, meta.fan_out, apart=True),)
-    if unsplit or not meta.blocks:
-        return (Block("whole", 0, rows, rows),)
-    blocks = tuple(sorted(meta.blocks, key=lambda block: block.start))
-    period, end = blocks[0].period, 0
-    for block in blocks:
-        if block.start != end or block.period != period:
-            break
-        end += block.size
-    if end != period or rows % period:
-        raise ValueError(f"the blocks of {meta.name} don't cover each of its {rows} rows once: {blocks}")
-    if meta.role is Role.QKV and settings.split_heads:
-        return tuple(head for block in blocks for head in _heads(block))
-    return blocks
-
-
-def _heads(block: Block) -> list[Block]:
-    """Each head of a period apart."""
-    size = block.size // block.heads
-    return [
-        replace(block, name=f"{block.name}.{i}", start=block.start + i * size, size=size, apart=True, heads=1)
-        for i in range(block.heads)
-    ]
-
-
-def block_shape(meta: ParamMeta, block: Block) -> tuple[int, int]:
-    """``[out, in]`` of a block's logical matrices."""
-    rows, columns = meta.shape
-    return block.matrices(rows)[1], columns
-
-
-def take_block(tensor: torch.Tensor, block: Block) -> torch.Tensor:
-    """View of a block's rows, ``[rows / period, size, columns]``, in ``[rows, columns]``."""
-    rows, columns = tensor.shape
-    return tensor.view(rows // block.period, block.period, columns)[:, block.start : block.start + block.size]
-
-
-def matrices_at_once(size: int, device: torch.device) -> int:
-    """Matrices of ``size`` bytes that go through a home's arithmetic together.
-
-    On a CPU one: results must not depend on which matrices share a home, and so on the layout, by as much as a bit.
-    """
-    return 1 if device.type == "cpu" else max(1, BATCH_BYTES // size)
 
 
 class MatrixOptimizer(ABC, Generic[SettingsT]):
@@ -201,7 +101,11 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         homes = [mesh.homes(meta) for meta in metas] if isinstance(mesh, ExpertRanks) else None
         costs, ranks = [self.cost(meta) for meta in metas], self._exchange.ranks
         mode = self.mode if self._exchange.is_cut or ranks == 1 else "replica"
-        self.plan = make_plan(metas, costs, ranks, homes, mode)
+        self._replayed = settings.cuda_graph and can_replay(device)
+        if self._replayed:
+            self._compile(metas)
+        times = self._measured(metas) if settings.measured_costs and ranks > 1 else None
+        self.plan = make_plan(metas, costs, ranks, homes, mode, times)
         self._exchange.check(self.plan)
         self._momentum = {
             a.meta.name: torch.zeros_like(self._params[a.meta.name][0].value)
@@ -229,7 +133,8 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         if self._chunks and ranks > 1:
             weights = params[0][0].value.dtype if self.weight_travels else None
             self._buffers = [Buffers(self._chunks, settings.ns_dtype, weights, device) for _ in range(2)]
-        self._replays = Replays(device, settings.cuda_graph and can_replay(device))
+        self._replays = Replays(device, self._replayed)
+        self._lanes = Lanes(device, lanes_of(ranks))
 
     def _shards_of_momenta(self, device: torch.device) -> Shards | None:
         """The momenta, on shards or at home, in the order of parameters; nothing for those that are kept elsewhere."""
@@ -279,6 +184,50 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
     def cost(self, meta: ParamMeta) -> float:
         """Multiply-adds of one step over a tensor's logical matrices."""
         return self.settings.num_ns_steps * newton_schulz_cost(meta.shape, self._blocks[meta.name])
+
+    def _measured(self, metas: Sequence[ParamMeta]) -> list[float]:
+        """Milliseconds of one step over each tensor's logical matrices (`optim.costs`). Collective."""
+        exchange, counts = self._exchange, self._counts(metas)
+        together, kind = counted_together(counts, exchange.ranks, self._at_once), kind_of(self, self.settings)
+        times = shared_costs(together, kind, self._example, exchange.device, exchange.group, self._replayed)
+        return [sum(times[shape] * count for shape, count in counter.items()) for counter in counts]
+
+    def _compile(self, metas: Sequence[ParamMeta]) -> None:
+        """Has the kernels for matrices of all shapes compiled side by side; one after another they take seconds."""
+        together = counted_together(self._counts(metas), self._exchange.ranks, self._at_once)
+        with compiled_ahead(self._exchange.device):
+            for shape, count in together.items():
+                self._example(count, shape)()
+
+    def _counts(self, metas: Sequence[ParamMeta]) -> list[Counter[tuple[int, int]]]:
+        """Logical matrices of each shape in each tensor."""
+        counts = []
+        for meta in metas:
+            blocks = zip(self._blocks[meta.name], self._ranges[meta.name], strict=True)
+            counts.append(sum((Counter({block_shape(meta, b): len(numbers)}) for b, numbers in blocks), Counter()))
+        return counts
+
+    def _example(self, count: int, shape: tuple[int, int]) -> Work:
+        """The arithmetic on some matrices of a shape."""
+        weight = next(iter(self._params.values()))[0].value.dtype if self.weight_travels else None
+        kept = {kind: self._kept_shape(form, shape) for kind, form in self.home_state.items()}
+        whole = example(count, shape, self.settings.ns_dtype, weight, kept, self._exchange.device)
+        return lambda: self._computed(whole) and None
+
+    def _computed(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with beside_messages(self._exchange.ranks > 1):
+            return self.compute(whole)
+
+    def _kept_shape(self, kept: Kept, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of a logical matrix's part of a state."""
+        match kept:
+            case Kept.ROWS:
+                return (shape[0], 1)
+            case Kept.INPUTS:
+                return shape[1:]
+            case Kept.MATRIX:
+                return shape
+        return self.basis_shape(*shape)
 
     @abstractmethod
     def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -332,24 +281,26 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         start = self._first[chunk[0].meta.name]
         matrices = slice(start, start + sum(self._matrices(a.meta.name) for a in chunk))
         homeward, back = exchange.to_homes(chunk), exchange.from_homes(chunk)
-        shards = [Piece(tensor[p.name], 0, p.place, p.numel, 0) for p in homeward[0].parcels]
+        shards = [Piece(tensor[p.name], 0, p.place, p.numel, 0) for p in homeward.sent.parcels]
         results = [
             piece
-            for parcel in back[1].parcels
+            for parcel in back.got.parcels
             for place in range(len(self._blocks[parcel.name]))
             for piece in pieces_of_parcel(tensor[parcel.name], self._runs(parcel.name, place), parcel)
         ]
-        shards, results = (pieces if exchange.ranks > 1 else [] for pieces in (shards, results))
-        ends = self._as_pieces(shards), self._as_pieces(results)
-        ways = [
-            [
-                Pieces(turn(arriving_pieces(i, batch.shape[1], runs, load.parcels)), exchange.device)
-                for i, batch in enumerate(batches)
-                if exchange.ranks > 1
+        kept, unpacking, repacking = list[Pieces](), list[Pieces](), list[Pieces]()
+        for number, batch in enumerate(batches if exchange.ranks > 1 else []):
+            way = partial(arriving_pieces, number, batch.shape[1], runs)
+            here = [
+                replace(p, tensor=tensor[own.name], start=p.start - own.place)
+                for own in back.kept.parcels
+                for p in way([own])
             ]
-            for turn, load in ((list, homeward[1]), (turned, back[0]))
-        ]
-        return Chunk(matrices, batches, packing, *ways, homeward, back, *ends)
+            kept.append(self._as_pieces(here))
+            unpacking.append(Pieces(way(homeward.got.parcels), exchange.device))
+            repacking.append(Pieces(turned(way(back.sent.parcels)), exchange.device))
+        ends = self._as_pieces(shards), self._as_pieces(results)
+        return Chunk(matrices, batches, packing, kept, unpacking, repacking, homeward, back, *ends)
 
     def _as_pieces(self, pieces: Sequence[Piece]) -> Pieces:
         """Pieces of these parameters."""
@@ -360,9 +311,14 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         """Groups of the logical matrices of tensors whose home is here."""
         places = [(name, place) for name in names for place in range(len(self._blocks[name]))]
         shapes = {(n, i): block_shape(self._params[n][0].meta, self._blocks[n][i]) for n, i in places}
-        device, size = self._exchange.device, self.settings.ns_dtype.itemsize
-        limits = {shape: matrices_at_once(size * math.prod(shape), device) for shape in set(shapes.values())}
-        return make_batches(shapes, {(n, i): len(self._ranges[n][i]) for n, i in places}, limits)
+        counts, totals = {(n, i): len(self._ranges[n][i]) for n, i in places}, Counter[tuple[int, int]]()
+        for place, shape in shapes.items():
+            totals[shape] += counts[place]
+        return make_batches(shapes, counts, {shape: self._at_once(shape, count) for shape, count in totals.items()})
+
+    def _at_once(self, shape: tuple[int, int], *count: int) -> int:
+        size, exchange = self.settings.ns_dtype.itemsize * math.prod(shape), self._exchange
+        return matrices_at_once(size, exchange.device, lanes_of(exchange.ranks), *count)
 
     def _runs(self, name: str, place: int) -> list[Run]:
         """Rows of a block, with the numbers of its matrices among all."""
@@ -392,10 +348,12 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
     def _alone(self) -> None:
         """A step of a rank that has all matrices whole."""
         for chunk in self._chunks:
-            for number, batch in enumerate(chunk.batches):
-                pieces = chunk.packing[number]
-                result = self._at_home(batch, pieces, *self._pack_whole(batch, pieces))
-                apply(self._values, result.view(-1), chunk.packing[number], *self._factors())
+            self._lanes([(b.cost, partial(self._step_batch, chunk, i)) for i, b in enumerate(chunk.batches)])
+
+    def _step_batch(self, chunk: Chunk, number: int) -> None:
+        batch, pieces = chunk.batches[number], chunk.packing[number]
+        result = self._at_home(batch, pieces, *self._pack_whole(batch, pieces))
+        apply(self._values, result.view(-1), pieces, *self._factors())
 
     def _together(self, meanwhile: Callable[[], None]) -> None:
         """A step with others.
@@ -416,7 +374,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
             arriving()
             buffers = self._buffers[number % 2]
             self._replays(("home", number, dtype), partial(self._home, chunk, buffers))
-            back = self._exchange.start(chunk.back, buffers.results, buffers.returned)
+            back = self._exchange.start(chunk.back, buffers.results)
             told = self._exchange.start_sum(self._numbers[chunk.matrices])
             if returning is not None:
                 returning()
@@ -430,9 +388,9 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
             return lambda: None
         chunk, buffers = self._chunks[number], self._buffers[number % 2]
         self._replays(("send", number, self._grads.dtype), partial(self._pack, chunk, buffers))
-        waits = [self._exchange.start(chunk.homeward, buffers.updates, buffers.arrived)]
+        waits = [self._exchange.start(chunk.homeward, buffers.updates)]
         if self.weight_travels:
-            waits.append(self._exchange.start(chunk.homeward, buffers.weights, buffers.arrived_weights))
+            waits.append(self._exchange.start(chunk.homeward, buffers.weights))
 
         def wait() -> None:
             for one in waits:
@@ -451,31 +409,43 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         """The arithmetic of a chunk's matrices whose home is here, from what arrived to what goes back."""
         if self.numbers:
             self._numbers[chunk.matrices].zero_()
-        for number, batch in enumerate(chunk.batches):
-            pieces = chunk.packing[number]
-            if self._exchange.is_cut:
-                update, weight, norms = self._unpack(chunk, number, buffers)
-                if self.home_momentum:
-                    self._change_momenta(pieces, update, 1.0)
-                    assert self._momenta is not None
-                    advance(self._momenta, None, update.view(-1), pieces, self._style)
-                    norms = (None, None)
-            else:
-                update, weight, norms = self._pack_whole(batch, pieces)
-            result = self._at_home(batch, pieces, update, weight, norms)
-            move(result.view(-1), buffers.results, chunk.repacking[number])
+        self._lanes([(b.cost, partial(self._home_batch, chunk, i, buffers)) for i, b in enumerate(chunk.batches)])
+
+    def _home_batch(self, chunk: Chunk, number: int, buffers: Buffers) -> None:
+        batch, pieces = chunk.batches[number], chunk.packing[number]
+        if self._exchange.is_cut:
+            update, weight, norms = self._unpack(chunk, number, buffers)
+            if self.home_momentum:
+                self._change_momenta(pieces, update, 1.0)
+                assert self._momenta is not None
+                advance(self._momenta, None, update.view(-1), pieces, self._style)
+                norms = (None, None)
+        else:
+            update, weight, norms = self._pack_whole(batch, pieces)
+        result = self._at_home(batch, pieces, update, weight, norms).view(-1)
+        move(result, buffers.results, chunk.repacking[number])
+        apply(self._values, result, chunk.kept[number], *self._factors())
 
     def _unpack(self, chunk: Chunk, number: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor | None, Norms]:
-        """Whole matrices of a batch from the shards that arrived, as :meth:`_pack_whole` gives them."""
-        batch, pieces = chunk.batches[number], chunk.unpacking[number]
-        update = torch.empty(batch.numel, dtype=buffers.arrived.dtype, device=buffers.arrived.device)
-        norm = move(buffers.arrived, update, pieces, batch.matrices)
-        weight, weight_norm = None, None
-        if self.weight_travels:
-            weight = torch.empty(batch.numel, dtype=buffers.arrived_weights.dtype, device=update.device)
-            weight_norm = move(buffers.arrived_weights, weight, pieces, batch.matrices)
-            weight = weight.view(-1, *batch.shape)
-        return update.view(-1, *batch.shape), weight, (norm, weight_norm)
+        """Whole matrices of a batch from the shards here and those that arrived, as :meth:`_pack_whole` gives them."""
+        batch, here, arrived = chunk.batches[number], chunk.kept[number], chunk.unpacking[number]
+        momenta = None if self.home_momentum else self._momenta
+
+        def together(
+            own: Shards, momenta: Shards | None, buffer: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            out = torch.empty(batch.numel, dtype=buffer.dtype, device=buffer.device)
+            norms = (
+                advance(own, momenta, out, here, self._style, batch.matrices),
+                move(buffer, out, arrived, batch.matrices),
+            )
+            return out.view(-1, *batch.shape), joined_norms(*norms)
+
+        update, norm = together(self._grads, momenta, buffers.updates)
+        if not self.weight_travels:
+            return update, None, (norm, None)
+        weight, weight_norm = together(self._values, None, buffers.weights)
+        return update, weight, (norm, weight_norm)
 
     def _finish(self, number: int, back: Callable[[], None], told: Callable[[], None]) -> None:
         """Waits for a chunk's results and updates the shards."""
@@ -484,7 +454,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         chunk, buffers = self._chunks[number], self._buffers[number % 2]
 
         def work() -> None:
-            apply(self._values, buffers.returned, chunk.results, *self._factors())
+            apply(self._values, buffers.results, chunk.results, *self._factors())
 
         self._replays(("finish", number, self._grads.dtype), work)
 
@@ -514,7 +484,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         """The result of a batch in the precision that travels, on a rank alone too; numbers and states are kept."""
         kinds = [kind for kind in self.home_state if kind != self.home_momentum]
         kept = {kind: torch.cat([self._kept_part(*p, kind) for p in batch.places]) for kind in kinds}
-        result, said = self.compute(Whole(update, weight, kept, partial(self._change_momenta, pieces), norms))
+        result, said = self._computed(Whole(update, weight, kept, partial(self._change_momenta, pieces), norms))
         end = 0
         for name, place in batch.places:
             own, first = self._ranges[name][place], self._first[name]

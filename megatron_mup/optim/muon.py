@@ -9,9 +9,11 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from megatron_mup.optim.blocks import MatrixSettings
 from megatron_mup.optim.exchange import MatrixRanks
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.matrix import Kept, MatrixOptimizer, MatrixSettings, Whole
+from megatron_mup.optim.matrix import MatrixOptimizer
+from megatron_mup.optim.whole import Kept, Whole
 from megatron_mup.parametrization.table import Scaling
 
 

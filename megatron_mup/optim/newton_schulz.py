@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from megatron_mup.kernels.symmetric import kernel_takes
-from megatron_mup.optim.coefficients import coefficient_schedule
-from megatron_mup.optim.gram import Correction, Watch, block_lengths, gram_newton_schulz
+from megatron_mup.optim.coefficients import coefficient_schedule, has_squarings, polynomial
+from megatron_mup.optim.gram import Correction, Watch, block_lengths, gram_newton_schulz, gram_squarings
 from megatron_mup.optim.thin import image
 
 
@@ -42,8 +42,9 @@ def orthonormalize_plain(
 ) -> torch.Tensor:
     """:func:`orthonormalize` in plain PyTorch: cast to ``dtype`` once normalized, all steps on the short side in it.
 
-    With a correction the second half of the steps is in fp32.
+    With a correction the second half of the steps is in fp32; of a set with squarings all are.
     """
+    schedule = coefficient_schedule(coefficients, steps)
     work = x.reshape(-1, *x.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
@@ -51,22 +52,24 @@ def orthonormalize_plain(
     if norm is None:
         norm = torch.linalg.vector_norm(work, dim=(-2, -1), dtype=torch.float32)
     norm = norm.clamp(min=eps).view(-1, 1, 1)
-    work = torch.div(work, norm, out=torch.empty_like(work, dtype=dtype))  # computed in fp32
+    # Half precision would leave little of squarings.
+    precision = torch.float32 if has_squarings(schedule) else dtype
+    work = torch.div(work, norm, out=torch.empty_like(work, dtype=precision))  # computed in fp32
     with full_fp32_products():
-        for number, (a, b, c) in enumerate(coefficient_schedule(coefficients, steps)):
+        for number, step in enumerate(schedule):
             if correction is not None and number == steps // 2:
                 # What is all but done and has been rounded would round to the same again, whatever is added to it.
                 work = work.float()
             gram = work @ work.mT
             if watch is not None:
                 watch(work, gram)
-            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            poly, a = polynomial(gram, step)
             work = torch.baddbmm(work, poly, work, beta=a)
         if correction is not None:
             work = torch.baddbmm(work, *correction(partial(image, work))).to(dtype)
     if tall:
         work = work.mT
-    return work.reshape(x.shape).contiguous()
+    return work.reshape(x.shape).to(dtype).contiguous()
 
 
 def gram_pays(batch: int, rows: int, columns: int) -> bool:
@@ -93,8 +96,8 @@ def orthonormalize(
     """Approximates U V^T for each matrix U S V^T of a batch.
 
     Each matrix is divided by its Frobenius norm (taken in fp32, at least ``eps``). Zero matrices, rows and columns stay
-    zero. bf16 on a GPU that has the kernels runs in Gram space (gram.py), where that pays; everything else runs
-    :func:`orthonormalize_plain`.
+    zero. bf16 on a GPU that has the kernels runs in Gram space (gram.py), where that pays, and always where steps have
+    squarings; everything else runs :func:`orthonormalize_plain`.
 
     Args:
         x: ``[..., m, n]``; left as it is.
@@ -110,12 +113,15 @@ def orthonormalize(
         ``[..., m, n]`` in ``dtype``, new memory.
     """
     work = x.reshape(-1, *x.shape[-2:])
-    # With a correction always, for plain PyTorch then needs fp32.
-    pays = correction is not None or gram_pays(*work.shape)
+    schedule = coefficient_schedule(coefficients, steps)
+    squares = has_squarings(schedule) and watch is None and correction is None
+    # With a correction or squarings always, for plain PyTorch then needs fp32.
+    pays = correction is not None or squares or gram_pays(*work.shape)
     if dtype is torch.bfloat16 and steps and x.is_cuda and x.shape[-2] % 8 == 0 and pays:
         halves = work.to(dtype).contiguous()
         if kernel_takes(halves):
-            schedule = coefficient_schedule(coefficients, steps)
+            if squares:
+                return gram_squarings(halves, schedule, eps, norm).view(x.shape)
             square = x.shape[-2] == x.shape[-1] and watch is None
             lengths = block_lengths(coefficients, steps, square)
             return gram_newton_schulz(halves, schedule, lengths, eps, watch, correction, norm).view(x.shape)

@@ -1,6 +1,7 @@
 """Where each matrix is orthonormalized: storage layout and compute layout are separate things.
 
-The plan is a pure function of names, shapes and mesh sizes, so every rank makes the same one without a word.
+The plan is a pure function of names, shapes, mesh sizes and costs. Costs are FLOPs, or times that one rank has measured
+and told the others (`optim.costs`); so every rank makes the same plan.
 """
 
 from __future__ import annotations
@@ -26,12 +27,19 @@ class Assignment:
         cost: of one optimizer step on it, in multiply-adds.
         mode: how it gets there. ``owner``: its shards travel; ``replica``: every rank has it, the home deals out the
             result; ``local``: shards of the tensor-parallel part travel; ``gram``: Gram matrices travel.
+        time: of one optimizer step on it, in milliseconds, where that has been measured.
     """
 
     meta: ParamMeta
     home: int
     cost: float
     mode: str = "owner"
+    time: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """What it is dealt out by."""
+        return self.cost if self.time is None else self.time
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,18 @@ class Plan:
 
     def loads(self) -> list[float]:
         """Cost by rank."""
-        loads = [0.0] * self.ranks
-        for assignment in self.assignments:
-            loads[assignment.home] += assignment.cost
-        return loads
+        return self._by_rank([a.cost for a in self.assignments])
+
+    def times(self) -> list[float] | None:
+        """Milliseconds by rank; None if they haven't been measured for all matrices."""
+        times = [a.time for a in self.assignments if a.time is not None]
+        return self._by_rank(times) if times and len(times) == len(self.assignments) else None
+
+    def _by_rank(self, values: Sequence[float]) -> list[float]:
+        sums = [0.0] * self.ranks
+        for assignment, value in zip(self.assignments, values, strict=True):
+            sums[assignment.home] += value
+        return sums
 
     def digest(self) -> int:
         """63 bits that differ between plans; ranks compare them at the start."""
@@ -81,6 +97,7 @@ def make_plan(
     ranks: int,
     homes: Sequence[Sequence[int]] | None = None,
     mode: str = "owner",
+    times: Sequence[float] | None = None,
 ) -> Plan:
     """Deals matrices out over the ranks of a domain, longest processing time first, over all shapes together.
 
@@ -90,22 +107,25 @@ def make_plan(
         ranks: size of the domain.
         homes: ranks that each may go to; None: any.
         mode: see `Assignment`.
+        times: milliseconds of each, to be balanced in the place of costs, if they are known.
     """
-    order = sorted(range(len(metas)), key=lambda i: (-costs[i], metas[i].name))
+    weights = costs if times is None else times
+    order = sorted(range(len(metas)), key=lambda i: (-weights[i], metas[i].name))
     loads = [0.0] * ranks
     dealt: list[list[Assignment]] = [[] for _ in range(ranks)]
     for index in order:
         home = min(homes[index] if homes else range(ranks), key=lambda rank: (loads[rank], rank))
-        loads[home] += costs[index]
-        dealt[home].append(Assignment(metas[index], home, costs[index], mode))
+        loads[home] += weights[index]
+        time = None if times is None else times[index]
+        dealt[home].append(Assignment(metas[index], home, costs[index], mode, time))
     # A rank alone exchanges nothing and needs no chunks.
     number = 1 if ranks == 1 else max(1, round(sum(m.numel for m in metas) / ranks / CHUNK_ELEMENTS))
     chunks: list[list[Assignment]] = [[] for _ in range(number)]
     for mine in dealt:
-        done, total = 0.0, sum(a.cost for a in mine)
+        done, total = 0.0, sum(a.weight for a in mine)
         for assignment in mine:
             chunks[min(number - 1, int(number * done / total))].append(assignment)
-            done += assignment.cost
+            done += assignment.weight
     return Plan(ranks, tuple(tuple(chunk) for chunk in chunks if chunk))
 
 
@@ -117,22 +137,32 @@ def describe(plan: Plan, element_size: int) -> str:
         element_size: bytes per element of what travels.
 
     Returns:
-        Lines. Bytes are those of the whole matrix, one way; FLOPs those of one step by dense products.
+        Lines. Bytes are those of the whole matrix, one way; FLOPs those of one step by dense products; milliseconds
+        those that were measured, where they were.
     """
-    width = max((len(a.meta.name) for a in plan.assignments), default=6)
-    lines = [f"{'matrix':{width}}  {'shape':>13}  {'mode':>7}  chunk  home  {'MB':>8}  {'GFLOP':>10}"]
+    width, times = max((len(a.meta.name) for a in plan.assignments), default=6), plan.times()
+    head = f"{'matrix':{width}}  {'shape':>13}  {'mode':>7}  chunk  home  {'MB':>8}  {'GFLOP':>10}"
+    lines = [head if times is None else f"{head}  {'ms':>8}"]
     for number, chunk in enumerate(plan.chunks):
         for a in chunk:
             shape = "x".join(map(str, a.meta.shape))
             moved, work = a.meta.numel * element_size / 1e6, 2e-9 * a.cost
             place = f"{a.mode:>7}  {number:>5}  {a.home:>4}"
-            lines.append(f"{a.meta.name:{width}}  {shape:>13}  {place}  {moved:>8.3g}  {work:>10.3g}")
+            line = f"{a.meta.name:{width}}  {shape:>13}  {place}  {moved:>8.3g}  {work:>10.3g}"
+            lines.append(line if times is None else f"{line}  {a.time:>8.3g}")
     loads, bytes_at = plan.loads(), [0] * plan.ranks
     for a in plan.assignments:
         bytes_at[a.home] += a.meta.numel * element_size
     for rank, (load, size) in enumerate(zip(loads, bytes_at, strict=True)):
-        lines.append(f"rank {rank}: {2e-9 * load:.3g} GFLOP, {size / 1e6:.3g} MB")
-    mean = sum(loads) / plan.ranks
-    balance = f"{max(loads) / mean:.3f} times the mean" if mean else "idle"
-    lines.append(f"{len(plan.assignments)} matrices in {len(plan.chunks)} chunks; the busiest rank has {balance}")
+        line = f"rank {rank}: {2e-9 * load:.3g} GFLOP, {size / 1e6:.3g} MB"
+        lines.append(line if times is None else f"{line}, {times[rank]:.3g} ms")
+    balance = f"the busiest rank has {_balance(loads)}"
+    if times is not None:
+        balance = f"{balance} by FLOPs, {_balance(times)} by measured time"
+    lines.append(f"{len(plan.assignments)} matrices in {len(plan.chunks)} chunks; {balance}")
     return "\n".join(lines)
+
+
+def _balance(loads: Sequence[float]) -> str:
+    mean = sum(loads) / len(loads)
+    return f"{max(loads) / mean:.3f} times the mean" if mean else "idle"

@@ -24,15 +24,19 @@ class ScionTableSettings:
 
     Attributes:
         momentum: decay of the average.
-        output_radius: of the head's ball, in the norm ``in * max |W|``; a tied embedding is a head.
-        embedding_radius: of an untied embedding's ball: the largest root mean square of a token's vector.
+        output_radius: of the head's ball; a tied embedding is a head.
+        embedding_radius: of an untied embedding's ball.
         tied: whether the embedding is the head too.
+        output_norm: sign or row.
+        embedding_norm: column or sign.
     """
 
     momentum: float
     output_radius: float
     embedding_radius: float
     tied: bool
+    output_norm: str = "sign"
+    embedding_norm: str = "column"
 
 
 def hidden_settings(radius: float, **shared: Any) -> MuonSettings:
@@ -46,11 +50,15 @@ def hidden_settings(radius: float, **shared: Any) -> MuonSettings:
 class ScionTables(ElementwiseOptimizer):
     """Scion for the embedding and the head, with M the average of gradients::
 
-        head, tied embedding   W <- (1 - lr wd) W - lr radius sign(M) / in
-        untied embedding       W <- (1 - lr wd) W - lr radius sqrt(hidden) M_t / ||M_t||,   each token's vector t
+        W <- (1 - lr wd) W - lr radius C
 
-    wd is 1 (constrained: W stays in the ball) or 0. A token's vector is a row, and rows are never cut, so nothing is
-    exchanged here either.
+        head, tied embedding   sign    C = sign(M) / in                         the norm is in max |W|
+                               row     C = M_t / ||M_t|| / sqrt(in)             sqrt(in) max ||W_t||
+        untied embedding       column  C = M_t / ||M_t|| sqrt(hidden)           max ||W_t|| / sqrt(hidden)
+                               sign    C = sign(M)                              max |W|
+
+    with t each token's vector, a row here and a column of the matrix that the paper has for an embedding. wd is 1
+    (constrained: W stays in the ball) or 0. Rows are never cut, so nothing is exchanged here either.
     """
 
     kinds = ("momentum",)
@@ -66,9 +74,11 @@ class ScionTables(ElementwiseOptimizer):
         return [self._corner(param, average) for param, average in zip(group.params, averages, strict=True)]
 
     def _corner(self, param: MainParam, average: torch.Tensor) -> torch.Tensor:
-        width = param.meta.shape[1]
-        tied = self._settings.tied and param.meta.role is Role.EMBEDDING
-        if param.meta.role is Role.READOUT or tied:
-            return torch.sign(average) * (self._settings.output_radius / width)
-        norm = torch.linalg.vector_norm(average, dim=1, keepdim=True).clamp(min=1e-30)
-        return average / norm * (self._settings.embedding_radius * math.sqrt(width))
+        own, width = self._settings, param.meta.shape[1]
+        norm, entry = own.embedding_norm, own.embedding_radius
+        if param.meta.role is Role.READOUT or (own.tied and param.meta.role is Role.EMBEDDING):
+            norm, entry = own.output_norm, own.output_radius / width
+        if norm == "sign":
+            return torch.sign(average) * entry
+        length = torch.linalg.vector_norm(average, dim=1, keepdim=True).clamp(min=1e-30)
+        return average / length * (entry * math.sqrt(width))

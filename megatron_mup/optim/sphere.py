@@ -10,12 +10,14 @@ from typing import ClassVar
 import torch
 
 from megatron_mup.kernels.symmetric import Form, symmetric_product
+from megatron_mup.optim.blocks import MatrixSettings
 from megatron_mup.optim.exchange import MatrixRanks
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.matrix import Kept, MatrixOptimizer, MatrixSettings, Whole
+from megatron_mup.optim.matrix import MatrixOptimizer
 from megatron_mup.optim.newton_schulz import full_fp32_products
 from megatron_mup.optim.tangent import tangent_direction
 from megatron_mup.optim.thin import image
+from megatron_mup.optim.whole import Kept, Whole
 from megatron_mup.parametrization.table import Scaling
 
 SQUARINGS = 9

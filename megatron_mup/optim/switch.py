@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from megatron_mup.optim.blocks import MatrixSettings
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.matrix import MatrixSettings
 
 State = Mapping[str, tuple[MainParam, torch.Tensor]]
 

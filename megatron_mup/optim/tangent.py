@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mup.optim.coefficients import Coefficients, coefficient_schedule
+from megatron_mup.optim.coefficients import Coefficients, coefficient_schedule, polynomial
 from megatron_mup.optim.gram import Image
 from megatron_mup.optim.newton_schulz import full_fp32_products, orthonormalize
 from megatron_mup.optim.thin import add_product_, image, padded, thin_product
@@ -114,8 +114,8 @@ class _Compressed:
         scale = square.sqrt().clamp(min=_SMALLEST_NORM).reciprocal()[..., None, None]
         r = (gram * scale.square()).flatten(0, 1)
         q: torch.Tensor | None = None
-        for number, (a, b, c) in enumerate(self.schedule):
-            p = torch.baddbmm(r, r, r, beta=b, alpha=c)
+        for number, step in enumerate(self.schedule):
+            p, a = polynomial(r, step)
             p.diagonal(dim1=-2, dim2=-1).add_(a)
             q = p if q is None else p @ q
             if number + 1 < len(self.schedule):

@@ -82,22 +82,72 @@ def within_reach(group: dist.ProcessGroup, device: torch.device) -> bool:
     return bool(works)
 
 
-class Buffers:
-    """Shared buffers, one for messages of each size.
+class Shards:
+    """Each rank's shards of a model's parameters, where the other ranks read them.
+
+    Parameters in the precision that is computed in live here, so that nothing is copied and nobody waits before a
+    message; shards of others are cast to it, once for each pass. Values change after a step's last reduction alone, by
+    which all ranks have gathered for the last time.
 
     Args:
-        make: makes one of so many bytes; collective, so ranks have to ask for the same in the same order.
+        parameters: of all units, their memory not filled yet.
+        make: makes a shared buffer of so many bytes; collective.
+        group: the ranks that share shards.
+        dtype: of whole parameters.
     """
 
-    def __init__(self, make: Callable[[int], SharedBuffer]) -> None:
-        self._make = make
-        self._made: dict[int, SharedBuffer] = {}
+    def __init__(
+        self,
+        parameters: Sequence[DTensor],
+        make: Callable[[int], SharedBuffer],
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+    ) -> None:
+        self.rank, self.ranks, self.dtype = group.rank(), group.size(), dtype
+        self._starts, end = {}, 0
+        for parameter in parameters:
+            self._starts[id(parameter)] = end
+            end += -(-parameter._local_tensor.numel() // ALIGNMENT) * ALIGNMENT
+        self._buffer = make(max(end, 1) * dtype.itemsize)
+        self._pass = self._met = 0
+        for parameter in parameters:
+            shard = parameter._local_tensor
+            if shard.dtype == dtype:
+                with torch.no_grad():
+                    shard.set_(self.of(self.rank, parameter).view(shard.shape))  # type: ignore[call-overload]
 
-    def take(self, nbytes: int) -> SharedBuffer:
-        """The buffer of this size."""
-        if nbytes not in self._made:
-            self._made[nbytes] = self._make(nbytes)
-        return self._made[nbytes]
+    def of(self, rank: int, parameter: DTensor) -> torch.Tensor:
+        """A rank's shard of a parameter, flat, as others read it."""
+        return self._buffer.of(rank, parameter._local_tensor.numel(), self.dtype, self._starts[id(parameter)])
+
+    def begin(self) -> None:
+        """A forward pass begins, perhaps with new values."""
+        self._pass += 1
+
+    def end(self) -> None:
+        """A forward pass ends; where no gradients follow it, values may be changed when all have read them."""
+        if not torch.is_grad_enabled():
+            self._buffer.barrier()
+
+    def show(self, last: int, shown: list[torch.Tensor], shards: list[torch.Tensor]) -> int:
+        """Lets the current stream go on when it may read what the other ranks show in this pass.
+
+        Args:
+            last: the pass in which the caller was here before.
+            shown: where the caller's shards that don't live here are shown.
+            shards: those.
+
+        Returns:
+            This pass.
+        """
+        if last == self._pass:
+            return last
+        if shown:
+            torch._foreach_copy_(shown, shards)
+        if shown or self._met != self._pass:
+            self._buffer.barrier()
+            self._met = self._pass
+        return self._pass
 
 
 class Places:
@@ -107,21 +157,29 @@ class Places:
     other place is free.
 
     Args:
-        make: makes a shared buffer of so many bytes; collective.
         count: units that are whole at once: the one in use and the next.
+        dtype: of whole parameters.
+        device: where they are.
     """
 
-    def __init__(self, make: Callable[[int], SharedBuffer], count: int) -> None:
-        self._memory = [Buffers(make) for _ in range(count)]
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory: list[dict[tuple[torch.Size, ...], list[torch.Tensor]]] = [{} for _ in range(count)]
         self._free: list[torch.cuda.Event | None] = [None] * count
         self._holders: list[CopyAllGather | None] = [None] * count
-        self._given = 0
+        self._dtype, self._device, self._given = dtype, device, 0
 
-    def give(self, nbytes: int) -> tuple[int, SharedBuffer]:
-        """The next place, and so much memory there, which units of the same size share."""
+    def give(self, shapes: Sequence[torch.Size]) -> tuple[int, list[torch.Tensor]]:
+        """The next place, and parameters of these shapes there, in memory that units of the same shapes share."""
         number = self._given % len(self._memory)
         self._given += 1
-        return number, self._memory[number].take(nbytes)
+        made = self._memory[number]
+        if (key := tuple(shapes)) not in made:
+            made[key] = [torch.empty(shape, dtype=self._dtype, device=self._device) for shape in shapes]
+        return number, made[key]
+
+    def begin(self) -> None:
+        """A forward pass begins, for which FSDP2 lets streams that gather wait until all before it is done."""
+        self._free = [None] * len(self._free)
 
     def enter(self, number: int, unit: CopyAllGather) -> None:
         """The current stream is about to fill a place.
@@ -136,15 +194,15 @@ class Places:
         if (free := self._free[number]) is not None:
             torch.cuda.current_stream().wait_event(free)
 
-    def use(self, number: int, device: torch.device) -> None:
+    def use(self, number: int) -> None:
         """The current stream is about to use the unit in a place."""
-        if device.type == "cuda":
+        if self._device.type == "cuda":
             event = torch.cuda.current_stream().record_event()
             self._free = [event if other != number else free for other, free in enumerate(self._free)]
 
 
 class CopyAllGather(AllGather):
-    """Gathers the parameters of one FSDP2 unit: each rank copies the others' shards to their places.
+    """Gathers the parameters of one FSDP2 unit: each rank copies all shards to their places.
 
     FSDP2 lets a shard say what is gathered and what comes of it (``fsdp_pre_all_gather``, ``fsdp_post_all_gather``).
     Here it gathers one element of each, and finds the whole parameters filled.
@@ -152,44 +210,31 @@ class CopyAllGather(AllGather):
     Args:
         unit: with memory, its parameters cut evenly.
         parameters: the unit's own, by name.
+        shards: of these parameters and others.
         places: for whole parameters.
-        group: the ranks that share shards.
-        dtype: of whole parameters.
     """
 
-    def __init__(
-        self,
-        unit: nn.Module,
-        parameters: dict[str, DTensor],
-        places: Places,
-        group: dist.ProcessGroup,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, unit: nn.Module, parameters: dict[str, DTensor], shards: Shards, places: Places) -> None:
         name = next(iter(parameters))
         self._owner, self._name = unit.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        shards = [parameter._local_tensor for parameter in parameters.values()]
-        rank, ranks, self._device = group.rank(), group.size(), shards[0].device
-        starts = [0]
-        for shard in shards:
-            starts.append(starts[-1] + -(-shard.numel() * ranks // ALIGNMENT) * ALIGNMENT)
-        self._places = places
-        self._place, self._buffer = places.give(starts[-1] * dtype.itemsize)
-        self._shards = [shard.detach().view(-1) for shard in shards]
-        # Each tensor that `of` gives is another to autograd, which so sees no writes to the ones that it keeps.
-        self._mine: list[torch.Tensor] = []
+        self._shards, self._places, self._seen = shards, places, 0
+        self._place, wholes = places.give([parameter.shape for parameter in parameters.values()])
+        self._token = torch.empty(1, dtype=shards.dtype, device=wholes[0].device)
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._token = torch.empty(1, dtype=dtype, device=self._device)
-        for index, (parameter, shard, start) in enumerate(zip(parameters.values(), shards, starts, strict=False)):
-            count = shard.numel()
-            self._mine.append(self._buffer.of(rank, count, dtype, start + rank * count))
-            for step in range(1, ranks):
-                peer = (rank + step) % ranks
-                part = start + peer * count
-                here, there = (self._buffer.of(holder, count, dtype, part) for holder in (rank, peer))
-                self._copies.append((here, there))
-            whole = self._buffer.of(rank, count * ranks, dtype, start).view(parameter.shape)
+        self._shown: list[torch.Tensor] = []
+        self._hidden: list[torch.Tensor] = []
+        for parameter, whole in zip(parameters.values(), wholes, strict=True):
+            shard = parameter._local_tensor
+            if shard.dtype != shards.dtype:
+                self._shown.append(shards.of(shards.rank, parameter))
+                self._hidden.append(shard.detach().view(-1))
+            # Another tensor to autograd than the one that it keeps, of which it so sees no writes.
+            parts = whole.data.view(shards.ranks, -1)
+            for step in range(1, shards.ranks + 1):
+                rank = (shards.rank + step) % shards.ranks
+                self._copies.append((parts[rank], shards.of(rank, parameter)))
             shard.fsdp_pre_all_gather = self._before()  # type: ignore[attr-defined]
-            shard.fsdp_post_all_gather = self._after(whole, index == 0)  # type: ignore[attr-defined]
+            shard.fsdp_post_all_gather = self._after(whole.data, whole is wholes[0])  # type: ignore[attr-defined]
 
     @property
     def is_whole(self) -> bool:
@@ -207,7 +252,7 @@ class CopyAllGather(AllGather):
     def _after(self, whole: torch.Tensor, first: bool) -> Callable[..., Any]:
         def after(_outputs: Any, _metadata: Any, _dtype: Any, *, out: torch.Tensor | None = None) -> Any:
             if first:
-                self._places.use(self._place, self._device)
+                self._places.use(self._place)
             return (whole, ()) if out is None else None
 
         return after
@@ -225,20 +270,23 @@ class CopyAllGather(AllGather):
         async_op: bool = False,
     ) -> None:
         """Fills the whole parameters on the current stream; the arguments are not looked at."""
+        self._seen = self._shards.show(self._seen, self._shown, self._hidden)
         self._places.enter(self._place, self)
-        torch._foreach_copy_(self._mine, self._shards)
-        self._buffer.barrier()
         for here, there in self._copies:
             here.copy_(there)
-        self._buffer.barrier()  # nobody reads this rank's shards any more
 
 
 class CopyReduceScatter(ReduceScatter):
     """Each rank copies its part of the others' gradients and sums in fp32.
 
+    Gradients lie in one of two buffers in turn. When all ranks have come to a message, all have read what the one
+    before it left in the other buffer, which FSDP2 fills after that: so they wait for each other once a message.
+
     Args:
-        buffers: for whole gradients. FSDP2 reduces one unit at a time.
+        make: makes a shared buffer of so many bytes; collective.
+        count: elements of the largest unit's gradients, padded as FSDP2 does.
         group: the ranks that share shards.
+        asked: precision that FSDP2 asks for.
         wire: precision of gradients on their way; None for the one that FSDP2 asks for. Gradients that autograd gave in
             this precision lose nothing: the sum is in fp32 all the same.
         result: precision of the sum; None for the one that FSDP2 asks for.
@@ -246,22 +294,24 @@ class CopyReduceScatter(ReduceScatter):
 
     def __init__(
         self,
-        buffers: Buffers,
+        make: Callable[[int], SharedBuffer],
+        count: int,
         group: dist.ProcessGroup,
+        asked: torch.dtype,
         wire: torch.dtype | None = None,
         result: torch.dtype | None = None,
     ) -> None:
-        self._buffers, self._wire, self._result = buffers, wire, result
+        self._wire, self._result = wire or asked, result or asked
+        self._buffers = [make(count * self._wire.itemsize) for _ in range(2)]
         self._rank, self._ranks = group.rank(), group.size()
-        self._buffer: SharedBuffer | None = None
+        self._filled = False
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for whole gradients, which the caller fills, then, asked again, for this rank's sum."""
-        if self._buffer is not None:
-            return torch.empty(*size, dtype=self._result or dtype, device=device)
-        dtype, count = self._wire or dtype, prod(size)
-        self._buffer = self._buffers.take(count * dtype.itemsize)
-        return self._buffer.of(self._rank, count, dtype, 0)
+        if self._filled:
+            return torch.empty(*size, dtype=self._result, device=device)
+        self._filled = True
+        return self._buffers[0].of(self._rank, prod(size), self._wire, 0)
 
     def __call__(
         self,
@@ -272,16 +322,15 @@ class CopyReduceScatter(ReduceScatter):
         async_op: bool = False,
     ) -> None:
         """Sums this rank's part of all ranks' ``input_tensor`` into ``output_tensor`` on the current stream."""
-        buffer, count = self._buffer, output_tensor.numel()
-        assert buffer is not None
+        buffer, count = self._buffers[0], output_tensor.numel()
         assert op == dist.ReduceOp.SUM
-        self._buffer = None
+        self._filled = False
+        self._buffers.reverse()
         others = input_tensor.new_empty(self._ranks - 1, count)
         buffer.barrier()
         for step in range(1, self._ranks):
             peer = (self._rank + step) % self._ranks
             others[step - 1].copy_(buffer.of(peer, count, input_tensor.dtype, self._rank * count))
-        buffer.barrier()  # nobody reads this rank's gradients any more
         row_sum(input_tensor.view(self._ranks, count)[self._rank], others, output_tensor)
 
 
@@ -291,3 +340,8 @@ def own_parameters(unit: nn.Module) -> dict[str, DTensor]:
     theirs = {id(parameter) for module in inner for parameter in module.parameters()}
     mine = {name: parameter for name, parameter in unit.named_parameters() if id(parameter) not in theirs}
     return {name: parameter for name, parameter in mine.items() if isinstance(parameter, DTensor)}
+
+
+def gradient_count(parameters: dict[str, DTensor], ranks: int) -> int:
+    """Elements of a unit's whole gradients, each padded to as many rows as ranks share evenly."""
+    return sum(-(-p.shape[0] // ranks) * ranks * prod(p.shape[1:]) for p in parameters.values())

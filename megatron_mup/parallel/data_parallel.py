@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -17,6 +19,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def compute_dtype(config: Config) -> torch.dtype:
     """Precision of activations and matrix products."""
     return torch.bfloat16 if config.training.bf16 else torch.float32
+
+
+def reduce_dtype(config: Config) -> torch.dtype:
+    """Precision that FSDP2 sums gradients in."""
+    return torch.bfloat16 if config.parallel.grad_reduce_in_bf16 else torch.float32
 
 
 def main_dtype(config: Config) -> torch.dtype:
@@ -49,10 +56,23 @@ def is_left_apart(param: torch.Tensor) -> bool:
     return isinstance(param, DTensor) and param.device_mesh.mesh_dim_names == ("dp_shard",)
 
 
-def shard_over_data(
-    model: nn.Module, layers: list[nn.Module], experts: list[nn.Module], config: Config, mesh: Mesh
-) -> None:
-    """Applies FSDP2 to each layer and to the rest of a model; does nothing on a rank without data-parallel peers.
+@dataclass(frozen=True)
+class Units:
+    """What FSDP2 gathers and reduces together, in the order of use.
+
+    Attributes:
+        layers: transformer layers.
+        experts: those of each layer that has some.
+        heads: the output layer, where it can be a unit: its gradients then travel while the layers' are computed.
+    """
+
+    layers: list[nn.Module]
+    experts: list[nn.Module]
+    heads: list[nn.Module]
+
+
+def shard_over_data(model: nn.Module, units: Units, config: Config, mesh: Mesh) -> None:
+    """Applies FSDP2 to each unit and to the rest of a model; does nothing on a rank without data-parallel peers.
 
     The experts of a layer are a unit of their own, over the ranks that hold the same ones. Gradients are summed, not
     averaged: the loss is already divided by the global number of tokens. Where replicas are kept apart, a layer is a
@@ -60,8 +80,7 @@ def shard_over_data(
 
     Args:
         model: a pipeline stage, on the meta device.
-        layers: its transformer layers, the units that are gathered and reduced together.
-        experts: the layers' experts.
+        units: its parts.
         config: sharding strategy and reduction precision.
         mesh: the run's mesh.
     """
@@ -70,7 +89,7 @@ def shard_over_data(
     parallel = config.parallel
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(config),
-        reduce_dtype=torch.bfloat16 if parallel.grad_reduce_in_bf16 else torch.float32,
+        reduce_dtype=reduce_dtype(config),
         cast_forward_inputs=False,
     )
     hybrid = mesh.size("dp_replicate") > 1
@@ -79,17 +98,31 @@ def shard_over_data(
     if mesh.experts is not None:
         copies = mesh.size("edp_replicate") > 1
         expert_axis = mesh.experts["edp_replicate", "edp_shard"] if copies else mesh.experts["edp_shard"]
-        for unit in experts:
+        for unit in units.experts:
             fully_shard(unit, mesh=expert_axis, mp_policy=policy, reshard_after_forward=reshard)
     layer_axis = mesh.world["dp_shard"] if keeps_replicas_apart(config, mesh) else axis
-    for layer in layers:
+    for layer in units.layers:
         fully_shard(layer, mesh=layer_axis, mp_policy=policy, reshard_after_forward=reshard)
+    for head in units.heads:  # its backward follows its forward at once
+        fully_shard(head, mesh=axis, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=axis, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gloo has no pre-multiplied sum, which a factor other than the mean would otherwise ask for.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    model.register_forward_hook(_forget_whole_parameters)
+
+
+def _forget_whole_parameters(model: nn.Module, *_: object) -> None:
+    """After a pass without gradients, lets go of parameters that were kept for a backward pass.
+
+    A training step that a CUDA graph replays changes their values without FSDP2's notice.
+    """
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def transport_of_auto(config: Config, mesh: Mesh) -> str | None:
@@ -100,30 +133,29 @@ def transport_of_auto(config: Config, mesh: Mesh) -> str | None:
     return "copy engines" if within_reach else "collectives, for not all ranks read each other's memory"
 
 
-def use_copy_engines(
-    model: nn.Module, layers: list[nn.Module], experts: list[nn.Module], config: Config, mesh: Mesh
-) -> None:
+def use_copy_engines(model: nn.Module, units: Units, config: Config, mesh: Mesh) -> None:
     """Has copy engines move FSDP2's messages where they can (`parallel.copy_engine`). Collective.
 
     Args:
-        model: what `shard_over_data` sharded, with memory.
-        layers, experts: as there.
+        model: what `shard_over_data` sharded, with memory but without values.
+        units: as there.
         config: transport, precisions, micro-batches.
         mesh: the run's mesh.
     """
     if config.parallel.fsdp_transport == "collective" or not uses_fsdp(config, mesh):
         return
-    _use_copy_engines([layers, [model]], "dp", config, mesh)
+    _use_copy_engines(model, [units.layers, units.heads, [model]], "dp", config, mesh)
     if mesh.experts is not None:
-        _use_copy_engines([experts], "edp", config, mesh)
+        _use_copy_engines(model, [units.experts], "edp", config, mesh)
 
 
-def _use_copy_engines(kinds: list[list[nn.Module]], axis: str, config: Config, mesh: Mesh) -> None:
+def _use_copy_engines(model: nn.Module, kinds: list[list[nn.Module]], axis: str, config: Config, mesh: Mesh) -> None:
     """The same for units that share axes. Units of a kind are used one after the other."""
     group = mesh.group(f"{axis}_shard")
-    if not copy_engine.within_reach(group, mesh.device):
+    own = {unit: copy_engine.own_parameters(unit) for units in kinds for unit in units}
+    if not copy_engine.within_reach(group, mesh.device) or not any(own.values()):
         return
-    parallel, training = config.parallel, config.training
+    parallel, training, dtype = config.parallel, config.training, compute_dtype(config)
 
     def make(nbytes: int) -> copy_engine.SharedBuffer:
         return copy_engine.SymmetricBuffer(nbytes, group, mesh.device, parallel.distributed_timeout_minutes * 60)
@@ -131,22 +163,38 @@ def _use_copy_engines(kinds: list[list[nn.Module]], axis: str, config: Config, m
     # Gradients of one micro-batch lose nothing if they travel as autograd gave them; sums of several are in fp32.
     single = config.global_batch_size(mesh.world.size()) == training.micro_batch_size * mesh.dp_size
     reduce = copy_engine.CopyReduceScatter(
-        copy_engine.Buffers(make),
+        make,
+        max(copy_engine.gradient_count(parameters, group.size()) for parameters in own.values()),
         group,
-        wire=compute_dtype(config) if single and not parallel.grad_reduce_in_bf16 else None,
+        asked=reduce_dtype(config),
+        wire=dtype if single and not parallel.grad_reduce_in_bf16 else None,
         result=main_dtype(config) if mesh.size(f"{axis}_replicate") == 1 else None,
     )
+    # FSDP2 gathers uneven shards itself: their padding doesn't go with what follows.
+    even = {
+        unit: parameters
+        for unit, parameters in own.items()
+        if parameters and all(parameter.shape[0] % group.size() == 0 for parameter in parameters.values())
+    }
+    shards = copy_engine.Shards([p for parameters in even.values() for p in parameters.values()], make, group, dtype)
+    all_places = []
     for units in kinds:
         together = len(units) if parallel.sharding == "optim_grads" else _whole_at_once(config)
-        places = copy_engine.Places(make, together)
+        places = copy_engine.Places(together, dtype, mesh.device)
+        all_places.append(places)
         for unit in units:
             assert isinstance(unit, FSDPModule)
             unit.set_custom_reduce_scatter(reduce)
-            parameters = copy_engine.own_parameters(unit)
-            # FSDP2 gathers uneven shards itself: their padding doesn't go with what follows.
-            if parameters and all(parameter.shape[0] % group.size() == 0 for parameter in parameters.values()):
-                gather = copy_engine.CopyAllGather(unit, parameters, places, group, compute_dtype(config))
-                unit.set_custom_all_gather(gather)
+            if unit in even:
+                unit.set_custom_all_gather(copy_engine.CopyAllGather(unit, even[unit], shards, places))
+
+    def begin(*_: object) -> None:
+        shards.begin()
+        for places in all_places:
+            places.begin()
+
+    model.register_forward_pre_hook(begin, prepend=True)  # before FSDP2's own, which gathers
+    model.register_forward_hook(lambda *_: shards.end())
 
 
 def _whole_at_once(config: Config) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_mup.config import Config
-from megatron_mup.optim.matrix import BATCH_BYTES
+from megatron_mup.optim.batches import BATCH_BYTES, lanes_of
 from megatron_mup.optim.planner import CHUNK_ELEMENTS, Plan, make_plan
 from megatron_mup.parallel.chunks import shard_bounds
 from megatron_mup.parametrization.meta import ParamMeta, Role
@@ -354,13 +354,15 @@ def _update(config: Config, inventory: Inventory, cut: Cut, stage: int) -> float
     travels = FP32 if config.optimizer.muon_ns_dtype == "fp32" else 2
     largest = max(meta.numel // (meta.experts or 1) for meta, _ in matrices)
     block = max(_largest_block(meta) for meta, _ in matrices)
-    iterates = 5 * max(min(BATCH_BYTES, travels * total // ranks), travels * block)
+    side_by_side = min(max(BATCH_BYTES, lanes_of(ranks) * travels * block), travels * total // ranks)
+    iterates = 5 * max(side_by_side, travels * block)
     if ranks == 1:
         return iterates
     at_home = max(largest, min(total / ranks, CHUNK_ELEMENTS))
     on_shards = min(total / ranks, CHUNK_ELEMENTS)
     # Two sets of buffers for shards and whole matrices, either way, and a chunk's whole matrices and results in work.
-    return travels * (2 * (2 * on_shards + 2 * at_home) + 2 * at_home) + iterates
+    others = (ranks - 1) / ranks
+    return travels * (2 * (2 * on_shards + 2 * at_home) * others + 2 * at_home) + iterates
 
 
 def _largest_block(meta: ParamMeta) -> int:

@@ -49,16 +49,18 @@ class Found:
 class GraphedGradients:
     """A function that computes a step's gradients, captured once its inputs keep their shapes.
 
-    The first `EAGER` calls, and those after a change of shape, run the function itself. For a rank alone: `requests`
-    are its own.
+    The first `EAGER` calls, and those after a change of shape, run the function itself. Messages to other ranks are
+    captured with the rest, so all ranks have to capture and replay in the same steps.
 
     Args:
-        compute: from batch, request and timer to what it found; leaves gradients in ``params``, and nothing else of it
-            may depend on what the host knows but the batch's shapes.
+        compute: from batch, request (a number, or 0-d) and timer to what it found; leaves gradients in ``params``, and
+            nothing else of it may depend on what the host knows but the batch's shapes.
         params: whose ``grad`` it sets.
     """
 
-    def __init__(self, compute: Callable[[Batch, int, PhaseTimer], Found], params: list[MainParam]) -> None:
+    def __init__(
+        self, compute: Callable[[Batch, int | torch.Tensor, PhaseTimer], Found], params: list[MainParam]
+    ) -> None:
         self._compute, self._params = compute, params
         self._stream = torch.cuda.Stream()
         self._shapes: dict[str, torch.Size] | None = None
@@ -78,13 +80,13 @@ class GraphedGradients:
         assert self._graph is not None
         with timer("forward-backward"):
             torch._foreach_copy_(list(self._inputs.values()), [batch[name] for name in self._inputs])
+            self._request.fill_(request)
             self._graph.replay()
         for param, grad in zip(self._params, self._grads, strict=True):
             param.grad = grad
         found = self._found
-        requests = torch.full_like(found.requests, request)
         norm = None if found.grad_norm is None else found.grad_norm.clone()
-        return Found(found.loss.clone(), norm, requests, found.scale)
+        return Found(found.loss.clone(), norm, found.requests.clone(), found.scale)
 
     def _on_own_stream(self, batch: Batch, request: int, timer: PhaseTimer) -> Found:
         """Autograd remembers streams, and the default one can't be captured; so even the first step is on another."""
@@ -97,10 +99,11 @@ class GraphedGradients:
 
     def _capture(self, batch: Batch) -> None:
         self._inputs = {name: value.clone() for name, value in batch.items()}
+        self._request = torch.zeros_like(self._inputs["labels"][0, 0])
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # no other graph may be freed meanwhile
         # Other threads load data meanwhile, and may allocate pinned memory.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._found = self._compute(self._inputs, 0, untimed)
+            self._found = self._compute(self._inputs, self._request, untimed)
         self._grads = [param.grad for param in self._params]
         self._graph = graph

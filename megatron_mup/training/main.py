@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mup.config import Config, ConfigError, check_paths, parse_config, resolved, to_yaml, validate
-from megatron_mup.layers.attention import kernel_of_auto
+from megatron_mup.layers.attention import kernel_chosen
 from megatron_mup.models.gpt import parameter_metas
 from megatron_mup.parallel.data_parallel import compute_dtype, transport_of_auto
 from megatron_mup.parallel.mesh import Mesh
@@ -20,7 +20,7 @@ from megatron_mup.training.deepspeed_engine import check_deepspeed
 from megatron_mup.training.guard import BrokenRunError
 from megatron_mup.training.launch import Launch, init_process_group
 from megatron_mup.training.memory import is_out_of_memory, out_of_memory
-from megatron_mup.training.precision import check_libraries, settle_fp8
+from megatron_mup.training.precision import check_libraries, settle_attention, settle_fp8
 from megatron_mup.training.sinks import check_sinks
 from megatron_mup.training.trainer import Trainer, vocabulary_size
 
@@ -82,7 +82,7 @@ def _configure(argv: Sequence[str], launch: Launch) -> tuple[Config, bool]:
     config = replace(parsed.config, model=replace(parsed.config.model, vocab_size=vocabulary_size(parsed.config)))
     validate(config, launch.world_size)
     table_rows(parameter_metas(config, config.model.vocab_size or 1), config)  # what has no rule is refused here
-    config, missing = settle_fp8(config)
+    config, missing = settle_fp8(settle_attention(config))
     if launch.rank == 0:
         for warning in [*warnings, *missing]:
             print(f"warning: {warning}", file=sys.stderr)
@@ -111,7 +111,7 @@ def _run(config: Config, device: torch.device, launch: Launch) -> int:
     transport = transport_of_auto(config, mesh)
     if launch.rank == 0:
         print(scaling_tables(config, vocab_size))
-        if (kernel := kernel_of_auto(config, device, compute_dtype(config))) is not None:
+        if (kernel := kernel_chosen(config, device, compute_dtype(config))) is not None:
             print(f"attention runs on {kernel}")
         if transport is not None:
             print(f"FSDP2's messages go by {transport}")

@@ -1,4 +1,4 @@
-"""Whether this machine multiplies as a run asks, what the run does where it doesn't, and FP8 over a step."""
+"""Whether this machine computes as a run asks, what the run does where it doesn't, and FP8 over a step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 
 from megatron_mup.config import Config, ConfigError
+from megatron_mup.config.context_rules import check_context
 from megatron_mup.config.fields import told
+from megatron_mup.config.rules import check_kernels
 from megatron_mup.kernels import libraries, te
 from megatron_mup.kernels.fp8 import device_has_fp8
 from megatron_mup.layers.fp8 import StaticLinear
@@ -80,14 +82,39 @@ def check_libraries(config: Config) -> None:
     """Refuses kernels of libraries that this machine can't run.
 
     Raises:
-        ConfigError: ``--adam-impl`` or ``--norm-impl`` without the library, or on CPUs.
+        ConfigError: ``--adam-impl``, ``--norm-impl`` or ``--attention-backend flash4`` without the library, or on CPUs.
     """
-    for name, library in (("adam_impl", config.optimizer.adam_impl), ("norm_impl", config.training.norm_impl)):
+    training = config.training
+    asked = {
+        "adam_impl": config.optimizer.adam_impl,
+        "norm_impl": training.norm_impl,
+        "attention_backend": "flash4" if training.attention_backend == "flash4" else "native",
+    }
+    for name, library in asked.items():
         if library == "native":
             continue
         why = libraries.obstacle(library) if _on_gpu(config) else "the run is on CPUs"
         if why is not None:
             raise ConfigError(told(config, name), why, "install the library (docs/performance.md), or drop the flag")
+
+
+def settle_attention(config: Config) -> Config:
+    """``--attention-backend auto`` as FlashAttention-4 where it is installed, measured to be the fastest kernel, and
+    takes this run's attention: on Hopper GPUs, heads of 64 or 128 channels, no run that wants the same sums every time.
+    """
+    training, model = config.training, config.model
+    if training.attention_backend != "auto" or not _on_gpu(config):
+        return config
+    measured = torch.cuda.get_device_capability() == (9, 0) and model.head_dim in (64, 128)
+    if training.deterministic_mode or not measured:
+        return config
+    settled = replace(config, training=replace(training, attention_backend="flash4"))
+    try:
+        check_kernels(settled)
+        check_context(settled)
+    except ConfigError:
+        return config
+    return config if libraries.obstacle("flash4") is not None else settled
 
 
 def _on_gpu(config: Config) -> bool:

@@ -124,7 +124,7 @@ class TrainStep:
             routing = self.balancing.finish(taken)
         return StepResult(found.loss, norm, found.requests, routing)
 
-    def _find_gradients(self, batch: Batch, request: int, timer: PhaseTimer) -> Found:
+    def _find_gradients(self, batch: Batch, request: int | torch.Tensor, timer: PhaseTimer) -> Found:
         """The part of a step before the update: every `MainParam` has its final gradient then."""
         with timer("forward-backward"):
             tokens, requests = self._agree(batch, request)
@@ -173,9 +173,11 @@ class TrainStep:
         dist.all_reduce(sums, group=self.mesh.loss_group)
         return torch.stack([sums[1], tokens.float()])
 
-    def _agree(self, batch: Batch, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _agree(self, batch: Batch, request: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Valid tokens of the global batch (0-d fp32, at least one) and the sum of requests, in one collective."""
-        counts = torch.stack([(batch["labels"] != IGNORE).sum(), torch.full_like(batch["labels"][0, 0], request)])
+        if isinstance(request, int):
+            request = torch.full_like(batch["labels"][0, 0], request)
+        counts = torch.stack([(batch["labels"] != IGNORE).sum(), request])
         if self.mesh.world.size() > 1:
             dist.all_reduce(counts)
         tokens = counts[0] // self.config.parallel.model_parallel_size

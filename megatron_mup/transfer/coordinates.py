@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_mup.config import Config
+from megatron_mup.optim.blocks import block_shape, take_block
 from megatron_mup.optim.main_params import MainParam
-from megatron_mup.optim.matrix import block_shape, take_block
 from megatron_mup.optim.optimizer import learning_rate_class
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import Block

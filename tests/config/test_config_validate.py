@@ -25,6 +25,9 @@ def refused(argv: str, world_size: int = 1) -> ConfigError:
     ("argv", "world_size", "name"),
     [
         ("", 2, "2 ranks"),
+        ("--use-torch-fsdp2 --tensor-model-parallel-size 2", 4, "4 ranks"),
+        ("--use-torch-fsdp2 --num-distributed-optimizer-instances 2", 4, "4 ranks"),
+        ("--use-torch-fsdp2 --bf16 --fp8-format hybrid --transformer-impl transformer_engine", 2, "2 ranks"),
         ("--num-experts 4 --disable-bias-linear", 1, "--num-experts 4"),
         ("--hidden-dropout 0.1", 1, "--hidden-dropout 0.1"),
         ("--diagnostics-interval 5", 1, "--diagnostics-interval 5"),
@@ -35,6 +38,7 @@ def test_what_a_cuda_graph_cannot_hold(argv, world_size, name):
     assert name in str(error)
     assert "--cuda-graph-impl" in str(error)
     check(f"{EXACT} --mock-data --cuda-graph-impl local")
+    check(f"{EXACT} --mock-data --cuda-graph-impl local --use-torch-fsdp2", 2)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,9 @@ def test_what_works_passes_without_a_word(argv, world_size):
         ("--swiglu --squared-relu", 1, ["--swiglu", "--squared-relu"]),
         ("--attention-backend flash --attention-dropout 0.1", 1, ["flash", "--attention-dropout 0.1"]),
         ("--attention-backend flash --reset-attention-mask --eod-token-id 0", 1, ["FlashAttention takes no mask"]),
+        ("--attention-backend flash4 --bf16 --window-size 8", 1, ["flash4", "--window-size 8", "no window"]),
+        ("--attention-backend flash4", 1, ["no kernel for fp32", "--bf16"]),
+        ("--attention-backend flash4 --bf16 --kv-channels 12", 1, ["heads of 8, 16, ... 256 channels, not 12"]),
         # layout
         ("--tensor-model-parallel-size 4", 6, ["--tensor-model-parallel-size 4", "start 4 or 8 ranks"]),
         ("--pipeline-model-parallel-size 2", 1, ["2 ranks", "start 2 ranks"]),
@@ -101,6 +108,7 @@ def test_what_works_passes_without_a_word(argv, world_size):
             6,
             ["--seq-length 18", "--sequence-parallel", "12 or 24"],
         ),
+        ("--context-parallel-size 2 --attention-backend flash4 --bf16", 2, ["FlashAttention-4", "parts of sequences"]),
         ("--context-parallel-size 2 --attention-backend fused", 2, ["--attention-backend fused", "auto"]),
         ("--pipeline-model-parallel-size 16 --global-batch-size 16", 16, ["--num-layers 12", "at most 12 stages"]),
         # batch

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from megatron_mup.config import Config
-from tests.gpu.gpu_runs import gpu_config, train_many_on_rank
+from megatron_mup.parallel.mesh import Mesh
+from tests.gpu.gpu_runs import gpu_config, share, train_many_on_rank
+from tests.runs import step_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu]
 
@@ -56,3 +58,34 @@ def ranks(gpus):
 def test_equal_to_nccl(ranks, run):
     for seen in ranks:
         assert not differences(seen, run)
+
+
+GRAPHED = {
+    "copies": "--fsdp-transport auto",
+    "pure-bf16": "--fsdp-transport auto --main-params-dtype bf16 --micro-batch-size 4",
+    "kept": "--fsdp-transport auto --no-use-torch-fsdp2 --use-distributed-optimizer",
+    "collectives": "--fsdp-transport collective",
+}
+
+
+def numbers_of_steps(config: Config) -> list[torch.Tensor]:
+    """Losses, gradient norms, sums of requests and evaluations of seven steps, of which a graph replays four."""
+    torch._dynamo.reset()
+    mesh = Mesh.build(config, torch.device("cuda", torch.cuda.current_device()))
+    step, seen = step_of(config, mesh), []
+    for number in range(7):
+        found = step(share(config, mesh, number), 1.0, request=number)
+        seen += [found.loss, found.grad_norm, found.request]
+        if number > 3:
+            seen.append(step.evaluate(share(config, mesh, 99)))
+    return [tensor.cpu() for tensor in seen]
+
+
+@pytest.mark.parametrize("run", GRAPHED)
+def test_a_graph_replays_messages(gpus, run):
+    """Evaluations between replays see the weights of then, though FSDP2 has no notice of replays."""
+    flags = f"{FSDP} --bf16 {GRAPHED[run]}"
+    eager = gpus.run(2, numbers_of_steps, gpu_config(flags), timeout=100)
+    graphed = gpus.run(2, numbers_of_steps, gpu_config(flags, "--cuda-graph-impl local"), timeout=100)
+    for seen, wanted in zip(graphed, eager, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))

@@ -8,6 +8,7 @@ import torch
 from megatron_mup.checkpoint.background import BackgroundSaver
 from megatron_mup.checkpoint.manifest import Manifest
 from megatron_mup.checkpoint.state import Piece, checkpoint_pieces
+from megatron_mup.kernels.libraries import obstacle
 from megatron_mup.parallel.mesh import Mesh
 from tests.gpu.gpu_runs import BF16, COMPLETEP, EXPERTS, FEATURES, MUNIT, UMUP, gpu_config, gpu_words, share, train
 from tests.runs import pretrain, recorded, relative_error, saved_tensors, step_of
@@ -132,8 +133,10 @@ def test_recomputation_compiled(meshes):
     close(recomputed, plain, 2e-2)
 
 
-@pytest.mark.parametrize("backend", ["flash", "fused", "unfused"])
+@pytest.mark.parametrize("backend", ["flash", "flash4", "fused", "unfused"])
 def test_attention_kernels(meshes, backend):
+    if backend == "flash4" and (why := obstacle(backend)) is not None:
+        pytest.skip(why)
     seen, plain = (
         train(gpu_config("--bf16", f"--attention-backend {name}"), meshes["cuda"]) for name in (backend, "auto")
     )

@@ -17,6 +17,7 @@ from megatron_mup.kernels.shards import (
     advance_reference,
     apply,
     apply_reference,
+    move,
     move_reference,
     tile_tables,
 )
@@ -65,6 +66,15 @@ def test_without_momenta_gradients_are_packed():
         assert torch.equal(out[piece.place : piece.place + piece.length], want)
 
 
+def test_move():
+    pieces = [Piece(0, 2, 1, 3, 0), Piece(0, 7, 5, 1, 0)]
+    source, out = torch.arange(9.0), torch.zeros(7)
+    assert move(source, out, Pieces([], out.device)) is None  # what is whole at home leaves nothing to arrive
+    assert not out.any()
+    assert move(source, out, Pieces(pieces, out.device)) is None
+    assert out.tolist() == [0, 2, 3, 4, 0, 7, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_apply_rounds_once(dtype):
     values, results = shards(0, dtype), torch.randn(4 * TILE + 41, dtype=torch.float64).to(torch.bfloat16)
@@ -89,18 +99,19 @@ def test_tiles_cover_the_pieces():
 
 
 def test_tiles_of_matrices():
-    """Two matrices in one buffer: each tile is listed with its own, wherever its table has it."""
+    """Two matrices in one buffer: each tile is listed with its own, wherever its table has it; a third one has none."""
     size = 2 * TILE + 48
     pieces = Pieces(
         [Piece(0, 0, TILE, TILE + 48, 0), Piece(1, 0, size, 2 * TILE, 1), Piece(1, 2 * TILE, 0, TILE, 0)],
         torch.device("cpu"),
     )
     pieces.tables = tile_tables(pieces.pieces, torch.device("cpu"), ())
-    found = pieces.tiles_of_matrices(size)
+    found = pieces.tiles_of_matrices(size, 3)
     rows = torch.cat([table for _, table in pieces.tables])
     for matrix, row in enumerate(found):
         tiles = row[row >= 0]
         assert set(tiles.tolist()) == set(torch.nonzero(rows[:, 2] // size == matrix)[:, 0].tolist())
+    assert len(found) == 3
     assert (found >= 0).sum() == len(rows)
 
 

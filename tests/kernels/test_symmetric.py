@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_mup.kernels import symmetric
 from megatron_mup.kernels.symmetric import has_whole_rows, kernel_takes, symmetric_product, symmetric_product_reference
 
 FORMS = ("rows", "columns", "symmetric")
@@ -63,11 +64,14 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("full", [False, True])
-def test_kernel_against_the_formula(form, batch, n, k, dtype, full):
+@pytest.mark.parametrize("kernel", ["the device's", "symmetric"])
+def test_kernel_against_the_formula(form, batch, n, k, dtype, full, kernel, monkeypatch):
     a, b = operands(form, batch, n, k, "cuda", dtype)
     terms = extras(batch, n, "cuda", dtype) if full else {}
     if not kernel_takes(a, b):
         pytest.skip("no kernel for this device")
+    if kernel == "symmetric":
+        monkeypatch.setattr(symmetric, "_kernel_of", lambda device: kernel)
     poison = torch.full((batch, n, n), float("nan"), device="cuda", dtype=dtype)
     del poison  # the allocator hands this memory to the result
     got = symmetric_product(a, b, form, **terms)
@@ -77,6 +81,34 @@ def test_kernel_against_the_formula(form, batch, n, k, dtype, full):
     assert torch.equal(got, got.mT)
     twin = symmetric_product_reference(a, b, form, **terms)
     torch.testing.assert_close(got.float(), twin.float(), rtol=1e-2, atol=1e-2 * want.abs().max().item())
+
+
+@pytest.mark.gpu
+@gpu
+def test_kernel_at_every_number_of_cells():
+    """Each cell is some program's, whatever their number; those that come out even and those that leave one over."""
+    for side in range(1, 36):
+        a = torch.randn(1 + side % 3, 64, 128 * side - 8 * (side % 2), device="cuda").half()
+        if not kernel_takes(a):
+            pytest.skip("no kernel for this device")
+        poison = torch.full((len(a), a.shape[2], a.shape[2]), float("nan"), device="cuda", dtype=a.dtype)
+        del poison  # the allocator hands this memory to the result
+        got, want = symmetric_product(a, a, "columns"), exact(a, a, "columns")
+        assert ((got.double() - want).norm() / want.norm()).item() < 4e-4, side
+        assert torch.equal(got, got.mT), side
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("types", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_kernel_with_an_addend_of_another_type(types):
+    a, b = operands("symmetric", 3, 640, 640, "cuda", types[0])
+    terms = extras(3, 640, "cuda", types[1])
+    if not kernel_takes(a, b):
+        pytest.skip("no kernel for this device")
+    for dtype in types:
+        got, want = symmetric_product(a, b, "symmetric", **terms, dtype=dtype), exact(a, b, "symmetric", **terms)
+        assert ((got.double() - want).norm() / want.norm()).item() < 6e-3
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_mup.layers.attention import KERNELS, kernel_of_auto, plain_attention
+from megatron_mup.layers.attention import KERNELS, kernel_chosen, plain_attention
 from megatron_mup.layers.dropout import drop
 from megatron_mup.layers.embedding import OutputLayer
 from megatron_mup.layers.info import attention_mask
@@ -131,6 +131,6 @@ def test_padding_never_reaches_parameters():
 def test_the_kernel_that_pytorch_takes_has_a_name():
     flags = "--num-attention-heads 4 --num-query-groups 2"
     device, dtype = torch.device("cpu"), torch.float32
-    assert kernel_of_auto(config_of(flags), device, dtype) in KERNELS.values()
+    assert kernel_chosen(config_of(flags), device, dtype) in KERNELS.values()
     for settled in ("--attention-backend unfused", "--attention-dropout 0.1", "--window-size 2"):
-        assert kernel_of_auto(config_of(flags, settled), device, dtype) is None
+        assert kernel_chosen(config_of(flags, settled), device, dtype) is None

@@ -9,7 +9,7 @@ from megatron_mup.checkpoint.convert.architectures import to_hf_config
 from megatron_mup.config import Config, ConfigError, from_dict, parse_config, resolved, validate
 from megatron_mup.inference import logits_of, stream
 from megatron_mup.models.gpt import GPT, parameter_metas
-from megatron_mup.optim.matrix import MatrixSettings, block_shape, logical_blocks
+from megatron_mup.optim.blocks import MatrixSettings, block_shape, logical_blocks
 from megatron_mup.parametrization.meta import ParamMeta
 from megatron_mup.parametrization.table import scaling
 from megatron_mup.training.flops import flops_per_token
@@ -217,6 +217,7 @@ def test_operations_are_those_of_its_matrices():
         ("--add-qkv-bias", "no biases"),
         ("--qk-pos-emb-head-dim 3", "pairs of channels"),
         ("--attention-backend flash", "one width for all heads"),
+        ("--attention-backend flash4 --bf16", "one width for all heads"),
         ("--parametrization umup", "no rule for latents"),
     ],
 )

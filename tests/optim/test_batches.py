@@ -9,13 +9,14 @@ from optim_cases import GATE_UP_BLOCKS, QKV_BLOCKS
 from megatron_mup.kernels.shards import Pieces, move
 from megatron_mup.optim import batches
 from megatron_mup.optim.batches import Run, make_batches, pieces_of_parcel, pieces_of_runs, runs_of_block
-from megatron_mup.optim.exchange import Load
-from megatron_mup.optim.matrix import take_block
+from megatron_mup.optim.blocks import take_block
+from megatron_mup.optim.exchange import Load, Way
 from megatron_mup.parametrization.meta import Block
 
 EXPERTS = (Block("gate", 0, 3, 8, apart=True), Block("up", 3, 5, 8, apart=True))
 WHOLE = (Block("whole", 0, 32, 32),)
 COLUMNS = 6
+CPU = torch.device("cpu")
 
 
 def runs_of(blocks: tuple[Block, ...], rows: int) -> dict[int, list[Run]]:
@@ -76,6 +77,32 @@ def test_shards_to_batches_and_back(blocks, cut):
             assert (numbers[first : first + piece.length // width] == piece.matrix).all()
             covered += piece.length
         assert covered == parcel.numel
+
+
+def test_what_stays_on_a_rank_does_not_travel():
+    """The first rank gets one part from the second and sends one; its own is in neither buffer."""
+    top, bottom = ((0, 0), (5, 3)), ((5, 0), (2, 3))
+    ways = [
+        Way.of([[("w", top)], [("v", top)]], [[("w", top)], [("w", bottom)]], 0),
+        Way.of([[("w", bottom)], [("v", bottom)]], [[("v", top)], [("v", bottom)]], 1),
+    ]
+    for rank, way in enumerate(ways):
+        assert way.sent.counts[rank] == way.got.counts[rank] == 0
+        assert way.sent.numel <= way.begin
+        assert way.numel == way.begin + way.got.numel
+        assert [p.place for p in way.got.parcels] == [way.begin]
+        assert [(p.name, p.offsets) for p in way.kept.parcels] == [("wv"[rank], (top, bottom)[rank][0])]
+    assert ways[0].sent.counts == (0, 15)
+    assert ways[1].got.counts == (15, 0)
+
+
+def test_a_gpu_has_matrices_for_each_lane():
+    gpu, large, small = torch.device("cuda"), batches.BATCH_BYTES // 16, batches.BATCH_BYTES // 256
+    assert [batches.matrices_at_once(large, gpu, 2, count) for count in (1, 2, 3, 8, 100)] == [1, 1, 2, 4, 4]
+    assert [batches.matrices_at_once(small, gpu, 2, count) for count in (1, 16, 48, 1000)] == [16, 16, 24, 64]
+    assert batches.matrices_at_once(small, gpu) == 256
+    assert batches.matrices_at_once(10 * batches.BATCH_BYTES, gpu, 2, 8) == 1
+    assert batches.matrices_at_once(1, CPU, 2, 8) == 1
 
 
 def test_batches_hold_equal_shapes_up_to_a_limit():

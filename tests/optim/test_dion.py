@@ -9,6 +9,7 @@ import pytest
 import torch
 from optim_cases import GATE_UP_BLOCKS, alone, meta, numbers
 
+from megatron_mup.optim.blocks import take_block
 from megatron_mup.optim.dion import (
     Dion,
     DionSettings,
@@ -18,7 +19,6 @@ from megatron_mup.optim.dion import (
     rank_of,
 )
 from megatron_mup.optim.experts import ExpertPart
-from megatron_mup.optim.matrix import take_block
 from megatron_mup.parallel.layout import Layout
 from megatron_mup.parametrization.meta import Block, Role
 

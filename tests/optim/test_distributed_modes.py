@@ -12,7 +12,7 @@ from test_sharded_optimizer import value_of
 from megatron_mup.config import Config, OptimizerConfig, ParallelConfig
 from megatron_mup.optim import planner
 from megatron_mup.optim.build import build_matrix
-from megatron_mup.optim.coefficients import coefficient_schedule
+from megatron_mup.optim.coefficients import coefficient_schedule, polynomial
 from megatron_mup.optim.gram_muon import GramMuon
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.muon import Muon, MuonSettings
@@ -56,9 +56,9 @@ def exact(x: torch.Tensor, coefficients: str, steps: int) -> torch.Tensor:
     """Newton-Schulz in fp64."""
     x = x.double()
     x = x / x.norm().clamp(min=1e-7)
-    for a, b, c in coefficient_schedule(coefficients, steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    for step in coefficient_schedule(coefficients, steps):
+        apart, a = polynomial((x @ x.mT)[None], step)
+        x = a * x + apart[0] @ x
     return x
 
 
@@ -67,7 +67,8 @@ def gram_on_spectra(grid: Grid, dim: int, length: int, short: int) -> list[str]:
     mesh, _ = moded(grid, "gram")
     shape = (length, short) if dim == 0 else (short, length)
     problems = []
-    for coefficients, steps in (("quintic", 5), ("polar_express", 5), ("polar_express", 8), ("jordan", 5)):
+    sets = (("quintic", 5), ("polar_express", 5), ("polar_express", 8), ("jordan", 5), ("squaring", 2))
+    for coefficients, steps in sets:
         params, wholes = [], {}
         for i, (name, x) in enumerate(hard_spectra(*shape).items()):
             facts = meta(f"w{i}", Role.MLP_OUT, shape, tp_dim=dim)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from optim_cases import alone, meta, numbers
 
-from megatron_mup.optim.matrix import MatrixSettings, logical_blocks
+from megatron_mup.optim.blocks import MatrixSettings, logical_blocks
 from megatron_mup.optim.muon import Muon, MuonSettings, NorMuon, NorMuonSettings
 from megatron_mup.optim.newton_schulz import orthonormalize
 from megatron_mup.optim.planner import newton_schulz_cost

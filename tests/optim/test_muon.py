@@ -7,7 +7,7 @@ import torch
 from optim_cases import GATE_UP_BLOCKS, QKV_BLOCKS, alone, meta, numbers
 
 from megatron_mup.optim import matrix
-from megatron_mup.optim.matrix import logical_blocks
+from megatron_mup.optim.blocks import logical_blocks
 from megatron_mup.optim.muon import Muon, MuonSettings, update_scale
 from megatron_mup.optim.newton_schulz import orthonormalize
 from megatron_mup.parametrization.meta import Block, Role

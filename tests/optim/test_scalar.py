@@ -209,6 +209,9 @@ def test_defaults_of_the_papers(lone_mesh):
     for name in ("muon", "normuon"):
         settings = built(optimizer=name)
         assert (settings.momentum, settings.num_ns_steps, settings.coefficients) == (0.95, 5, "quintic")
+    for name, steps in (("muon", 2), ("muonsphere", 3)):
+        settings = built(optimizer=name, muon_coefficient_type="squaring")
+        assert (settings.num_ns_steps, settings.coefficients) == (steps, "squaring")
     simple = built(optimizer="scion", muon_momentum=0.8, muon_coefficient_type="simple", muon_num_ns_steps=3)
     assert (simple.momentum, simple.num_ns_steps, simple.coefficients) == (0.8, 3, "jordan")
     normuon = built(optimizer="normuon", normuon_beta2=0.7, muon_momentum_style="sum")
@@ -239,6 +242,8 @@ def test_refusals():
     dynamic = {"sphere_retraction": "dynamic", "weight_decay": 0.0}
     with pytest.raises(ConfigError, match="as strong as the weight decay"):
         check_optimizer(of(optimizer="muonsphere", **dynamic))
+    with pytest.raises(ConfigError, match="--muon-coefficient-type squaring"):
+        check_optimizer(of(optimizer="spectral_sphere", muon_coefficient_type="squaring"))
     for flags in ({"optimizer": "scion"}, {"optimizer": "muon", **dynamic}, {"optimizer": "muonsphere"}):
         check_optimizer(of(**flags))
     for name in ("normuon", "muonsphere", "spectral_sphere"):
@@ -256,7 +261,7 @@ def test_refusals():
         ({"optimizer": "spectral_sphere", "scalar_optimizer": "ademamix"}, "muon_extra_scale_factor lion_beta1"),
         (
             {"optimizer": "scion"},
-            "muon_nesterov weight_decay decay_embeddings scion_embedding_radius sphere_retraction",
+            "muon_nesterov weight_decay decay_embeddings scion_embedding_radius scion_embedding_norm sphere_retraction",
         ),
     ],
 )

@@ -6,13 +6,8 @@ round differently, and a shard ends elsewhere.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from optim_cases import alone, model_metas, shard_of
 
 from megatron_mup.config import Config, OptimizerConfig, ParallelConfig
@@ -124,31 +119,23 @@ def compare(mesh: Mesh, config: Config, want: dict[str, torch.Tensor], norms: li
     return ""
 
 
-def worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    problems = []
+def problems(world: int, references: dict[str, tuple[list[float], dict[str, torch.Tensor]]]) -> list[str]:
+    """What differs from one rank on this rank, over all layouts and settings."""
+    found = []
     for grid in LAYOUTS[world]:
         mesh = mesh_of(grid)
-        for label, flags in CONFIGS.items():
-            reference = torch.load(f"{folder}/{label}.pt")
-            problem = compare(mesh, Config(optimizer=flags), reference["tensors"], reference["norms"])
-            if problem:
-                problems.append(f"{label} {grid}: {problem}")
-    Path(folder, f"rank{rank}").write_text("\n".join(problems))
-    dist.barrier()
-    dist.destroy_process_group()
+        for label, (norms, tensors) in references.items():
+            if problem := compare(mesh, Config(optimizer=CONFIGS[label]), tensors, norms):
+                found.append(f"{label} {grid}: {problem}")
+    return found
 
 
 @pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 8))])
-def test_any_layout_equals_one_rank(world, lone_mesh):
-    with tempfile.TemporaryDirectory() as folder:
-        for label, flags in CONFIGS.items():
-            params = [alone(m, value_of(m, "init")) for m in model_metas()]
-            norms, optimizer = train(params, Config(optimizer=flags), lone_mesh)
-            tensors = {f"value/{param.meta.name}": param.value for param in params}
-            tensors |= {key: tensor for key, (_, tensor) in optimizer.state_tensors().items()}
-            torch.save({"norms": norms, "tensors": tensors}, f"{folder}/{label}.pt")
-        mp.spawn(worker, args=(world, folder), nprocs=world)
-        for rank in range(world):
-            assert Path(folder, f"rank{rank}").read_text() == "", f"rank {rank}"
+def test_any_layout_equals_one_rank(world, lone_mesh, pool):
+    references = {}
+    for label, flags in CONFIGS.items():
+        params = [alone(m, value_of(m, "init")) for m in model_metas()]
+        norms, optimizer = train(params, Config(optimizer=flags), lone_mesh)
+        tensors = {f"value/{param.meta.name}": param.value for param in params}
+        references[label] = norms, tensors | {key: tensor for key, (_, tensor) in optimizer.state_tensors().items()}
+    assert pool.run(world, problems, world, references) == [[]] * world

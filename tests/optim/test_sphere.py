@@ -9,7 +9,7 @@ import torch
 from optim_cases import GATE_UP_BLOCKS, QKV_BLOCKS, alone, meta, numbers
 
 from megatron_mup.config import Config, OptimizerConfig
-from megatron_mup.optim.matrix import take_block
+from megatron_mup.optim.blocks import take_block
 from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.optim.sphere import MuonSphere, SpectralSphere, SphereSettings, top_singular
 from megatron_mup.parametrization.meta import Role

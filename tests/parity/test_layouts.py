@@ -122,8 +122,8 @@ def test_unit_scaled_layouts(pool, reference, scheme, layout):
 
 def test_recompute_changes_nothing_on_one_rank(pool, reference):
     for flags in filter(None, RECOMPUTE.values()):
-        seen = pool.run(1, cases.observe, cases.config_of(cases.FEATURES, flags))[0]
-        assert torch.equal(seen["losses"], reference(cases.FEATURES)["losses"])
+        seen = pool.run(1, cases.observe, cases.config_of(cases.FEATURES, flags), 3)[0]
+        assert torch.equal(seen["losses"], reference(cases.FEATURES)["losses"][:3]), "to the bit, so few steps tell"
 
 
 @pytest.mark.parametrize(

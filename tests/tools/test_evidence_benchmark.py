@@ -45,6 +45,7 @@ def test_the_plan(planned):
     for part in parts:
         if part.name.startswith(("optimizer", "fp8")):
             assert millions(part, part.plan.sizes[0]) >= 100
+            assert part.recipe.training.cuda_graph_impl == "local", "the host would be what is measured"
     assert len({len(range(p.plan.axis.low, p.plan.axis.high + 1)) for p in parts if p.alone}) == 1, "one budget"
     assert len({(p.recipe.training.train_iters, p.recipe.training.global_batch_size) for p in parts if p.alone}) == 1
 
@@ -90,6 +91,9 @@ def test_the_target_waits_for_its_proxies(planned):
 def test_an_optimizer_repeats_its_best_rate(planned):
     part = next(part for part in planned[0] if part.name == "optimizer-muon")
     done = parabola(part, part.plan.sizes, lambda size: 1)
+    beyond = part.plan.trial(FULL.big, 2, (), 0)
+    assert [trial for _, trial in part.todo({part.name: done})] == [beyond], "the best may lie beyond the grid"
+    done[beyond.key] = 1.0
     todo = [trial for _, trial in part.todo({part.name: done})]
     assert {trial.seed - part.plan.first_seed for trial in todo} == {1, 2}
     assert {dict(trial.values)["muon_lr"] for trial in todo} == {dict(part.plan.axis.at(1))["muon_lr"]}
@@ -104,7 +108,11 @@ def test_tables_compare_runs_of_the_same_seed(planned):
         return {"part": part, "trial": f"w8-l1-lr=2-s{seed}", "loss": str(loss), "train_loss": str(train)}
 
     rows = [row("fp8-te-bf16", 1, 2.0, 4.0), row("fp8-te-bf16", 2, 3.0, 5.0)]
-    rows += [row("fp8-te-delayed", 1, 2.02, 4.0), row("fp8-te-delayed", 2, 3.0, 5.1)]
+    rows += [
+        row("fp8-te-delayed", 1, 2.02, 4.0),
+        row("fp8-te-delayed", 2, 3.0, 5.1),
+        row("fp8-te-delayed", 3, 9.0, 9.0),
+    ]
     assert "| te-delayed | 2 | 2.5100 | +0.50 % ± 0.50 % | 4.5500 | +1.00 % ± 1.00 % |" in fp8(rows)
     named = {part.name: part for part in planned[0]}
     part, proxy = named["target-adam"], named["completep-adam"]
@@ -127,16 +135,21 @@ def test_curves_are_compared_at_the_loss_that_adamw_ends_with(planned, tmp_path)
             lines = [f"{10 * (i + 1)},{i + 1}000000,{last + 19 - i},{(i + 1) * steps * slower}" for i in range(20)]
             (tmp_path / f"{part.name}--{trial}.csv").write_text("\n".join(["iteration,tokens,loss,seconds", *lines]))
             results[part.name] |= {trial: 1.0 - k + seed}
+    results["optimizer-muon"] |= {
+        parts[1].plan.trial(FULL.big, k, (), seed).key: loss for k, seed, loss in ((2, 0, 5.0), (1, 1, 1.5))
+    }
     timed = {(part.name, part.plan.trial(FULL.big, 1, (), 1).key) for part in parts}
     text = optimizers(tmp_path, results, parts, timed)
-    assert "| adam | 0.0028: 4.0000, 0.0056: 1.0000, 0.0112: 0.0000 | 0.0112 | 0.0000, 1.0000 |" in text
+    assert "| adam | 0.0028: 4.0000, 0.0056: 1.0000, 0.0112: 0.0000 | 0.0112 | 0.0000, 1.0000 |  |" in text
     # A running mean over five points lags by two: AdamW ends at 4.0, and Muon is there a point before its end.
-    assert "| 1000.0 | 20.0 M | 200.0 |" in text
-    assert "| 2000.0 | 19.0 M | 380.0 |" in text
+    row = "0.08: 0.0000, 0.16: 5.0000 | 0.08 | 0.0000, 1.5000 | +0.250 ± 0.250 |"
+    assert row in text, "rates beyond the grid count; differences are those of the same seeds"
+    assert "| 1000.0 | 20.0 M, 20.0 M | 200.0, 200.0 |" in text
+    assert "| 2000.0 | 19.0 M, 19.0 M | 380.0, 380.0 |" in text
     assert (tmp_path / "optimizers.png").exists()
     assert text.count("not timed alone") == 0
     text = optimizers(tmp_path, results, parts, {pair for pair in timed if pair[0] == "optimizer-adam"})
-    assert "| not timed alone | 19.0 M | not timed alone |" in text
+    assert "| not timed alone | 19.0 M, 19.0 M | not timed alone |" in text
 
 
 def test_results_of_another_machine_are_taken_over(planned, tmp_path):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_mup.config import Config, validate
 from megatron_mup.models.build import build_model
-from megatron_mup.optim.matrix import block_shape, take_block
+from megatron_mup.optim.blocks import block_shape, take_block
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import Block
 from megatron_mup.training.diagnostics import Diagnostics

@@ -13,12 +13,14 @@ from megatron_mup.training import precision
 from megatron_mup.training.main import EXIT_CONFIG
 from tests.runs import pretrain, words
 
+FLAGS = ["--adam-impl apex", "--adam-impl transformer_engine", "--norm-impl apex", "--attention-backend flash4 --bf16"]
 
-@pytest.mark.parametrize("flag", ["--adam-impl apex", "--adam-impl transformer_engine", "--norm-impl apex"])
+
+@pytest.mark.parametrize("flag", FLAGS)
 def test_not_on_cpus(flag):
     outcome = pretrain(words(flag))
     assert outcome.code == EXIT_CONFIG
-    assert f"{flag}: the run is on CPUs" in outcome.err
+    assert f"{flag.removesuffix(' --bf16')}: the run is on CPUs" in outcome.err
 
 
 @pytest.mark.parametrize(("library", "module"), [("apex", "amp_C"), ("transformer_engine", "transformer_engine")])
@@ -44,3 +46,33 @@ def test_fused_adam_keeps_its_moments_in_fp32():
 def test_unused_where_nothing_is_trained_by_adamw():
     parsed = parse_config(words("--adam-impl apex --optimizer muon --scalar-optimizer lion"))
     assert any("--adam-impl" in warning for warning in validate(parsed.config, 1, parsed.explicit))
+
+
+def test_flash_attention_4_is_told_apart_from_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    for capability, why in (((8, 0), "no kernel for some GPU"), ((9, 0), "flash_attn")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert why in libraries.obstacle("flash4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing", "settled"),
+    [
+        ("", None, "flash4"),
+        ("", "not installed", "auto"),
+        ("--attention-backend fused", None, "fused"),
+        ("--window-size 4", None, "auto"),
+        ("--context-parallel-size 2", None, "auto"),
+        ("--attention-dropout 0.1", None, "auto"),
+        ("--kv-channels 96", None, "auto"),
+        ("--deterministic-mode", None, "auto"),
+    ],
+)
+def test_auto_takes_flash_attention_4_where_it_can(monkeypatch, flags, missing, settled):
+    monkeypatch.setattr(precision, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(libraries, "obstacle", lambda _: missing)
+    config = parse_config(words(f"--bf16 --kv-channels 64 {flags}")).config
+    assert precision.settle_attention(config).training.attention_backend == settled

@@ -18,7 +18,7 @@ from megatron_mup.transfer.coordinates import EPSILON, UPDATE, VECTOR_CHANGE, me
 from megatron_mup.transfer.verdict import Verdict, judge
 
 WIDTH = CheckPlan(widths=(64, 128, 256), depths=(2,), steps=4)
-DEPTH = CheckPlan(widths=(64,), depths=(2, 4, 8, 16), steps=6)
+DEPTH = CheckPlan(widths=(64,), depths=(2, 4, 10), steps=6)
 
 HEADS = CheckPlan(widths=(64, 128, 256), depths=(2,), steps=8, grow="head-dim", tolerance=0.23)
 """Needs a learning rate at which queries and keys align within the steps."""
