@@ -93,8 +93,9 @@ def check_libraries(config: Config) -> None:
     for name, library in asked.items():
         if library == "native":
             continue
-        why = libraries.obstacle(library) if _on_gpu(config) else "the run is on CPUs"
-        if why is not None:
+        if not _on_gpu(config):
+            raise ConfigError(told(config, name), "the run is on CPUs", "drop the flag")
+        if (why := libraries.obstacle(library)) is not None:
             raise ConfigError(told(config, name), why, "install the library (docs/performance.md), or drop the flag")
 
 

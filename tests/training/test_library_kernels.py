@@ -21,6 +21,7 @@ def test_not_on_cpus(flag):
     outcome = pretrain(words(flag))
     assert outcome.code == EXIT_CONFIG
     assert f"{flag.removesuffix(' --bf16')}: the run is on CPUs" in outcome.err
+    assert "fix: drop the flag" in outcome.err
 
 
 @pytest.mark.parametrize(("library", "module"), [("apex", "amp_C"), ("transformer_engine", "transformer_engine")])
