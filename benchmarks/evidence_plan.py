@@ -46,6 +46,8 @@ RATES = {
     "sso": ("muon_lr,lr", "--optimizer spectral_sphere --muon-lr 4e-2 --lr 1.6e-2"),
 }
 """What each optimizer's axis moves, and the middle of its grid at the base width."""
+COEFFICIENTS = ("quintic", "squaring", "polar_express")
+"""Of Newton-Schulz, with which Muon is trained at the middle of its grid."""
 TE = f"{COMPLETEP} --transformer-impl transformer_engine"
 FP8 = {
     "umup-bf16": (UMUP, 2.0),
@@ -69,7 +71,7 @@ class Scale:
         base: the proxy: hidden size, layers, MLP width, heads.
         widths, depths: what grows, at the base's depth and width.
         target: hidden size and layers of the big model.
-        big: hidden size and layers of the model on which optimizers and FP8 are compared.
+        big: hidden size and layers of the model on which optimizers, coefficients and FP8 are compared.
         sequence: tokens; of it the four lengths below, in steps of ``batch`` sequences, ``big_batch`` for
             optimizers, ``fp8_batch`` for FP8.
         low, high: grid of CompleteP's sweeps, which may grow by two points at an edge.
@@ -266,8 +268,8 @@ def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part],
     Args:
         scale: sizes.
         data: flags that say where the data is, ``--vocab-size`` among them.
-        seeds: around each optimum of CompleteP's sweeps, around the proxy's rate, of each optimizer's best rate, and of
-            the FP8 runs but ``ONE_SEED``.
+        seeds: around each optimum of CompleteP's sweeps, around the proxy's rate, of each optimizer's best rate, of
+            each coefficient set, and of the FP8 runs but ``ONE_SEED``.
     """
     base = scale.base[:2]
     widths = [(width, base[1]) for width in scale.widths]
@@ -308,6 +310,10 @@ def parts_of(scale: Scale, data: list[str], seeds: int = 3) -> tuple[list[Part],
     for name, (flags, rate) in FP8.items():
         run = Run(scale.fp8_steps, scale.fp8_batch, 0, 0, seeds=1 if name == ONE_SEED else seeds)
         add(f"fp8-{name}", f"{flags} --lr {rate}", "lr", [scale.big], 60 if name == ONE_SEED else 30, run)
+    axis, flags = RATES["muon"]
+    for name in COEFFICIENTS:
+        run = Run(scale.optimizer_steps, scale.big_batch, 0, 0, seeds=seeds)
+        add(f"coefficients-{name}", f"{COMPLETEP} {flags} --muon-coefficient-type {name}", axis, [scale.big], 70, run)
     # Whose best rate is at an end of its grid gets more of them.
     three = Run(scale.optimizer_steps, scale.big_batch, -1, 1, spacing=2.0, extend=2)
     for optimizer, (axis, flags) in RATES.items():

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ def report(folder: Path, parts: Sequence[Part]) -> int:
     alone = {(row["part"], row["trial"]) for row in rows if row.get("alone") == "yes"}
     compared = [part for name, part in by_name.items() if name.startswith("optimizer")]
     sections.append(optimizers(folder, results, compared, alone))
-    sections.append(fp8(rows))
+    sections += [coefficients(rows), fp8(rows)]
     text = "\n\n".join(section for section in sections if section)
     (folder / "evidence.md").write_text(text + "\n", encoding="utf-8")
     print(text)
@@ -226,30 +226,52 @@ def rate_of(trial: str) -> float:
 
 
 def fp8(rows: Sequence[Row]) -> str:
-    """Final losses against bf16's of the same model and seed: mean, and its error where there are several seeds.
+    """Final losses of FP8 against bf16's of the same model and seed."""
+    return paired(rows, "FP8", "fp8", "bf16", lambda name: f"fp8-{name.split('-')[1]}-bf16")
 
-    Runs of the same seed train on the same tokens and are validated on the same. Seeds without a bf16 run don't count.
+
+def coefficients(rows: Sequence[Row]) -> str:
+    """Final losses of Muon by coefficient set, against those of the default."""
+    return paired(rows, "Newton-Schulz coefficients", "coefficients", "quintic", lambda _: "coefficients-quintic")
+
+
+def paired(rows: Sequence[Row], title: str, kind: str, base: str, base_of: Callable[[str], str]) -> str:
+    """Final losses against another part's with the same seed: mean, and its error where there are several seeds.
+
+    Runs of the same seed train on the same tokens and are validated on the same. Seeds that the other part lacks don't
+    count.
+
+    Args:
+        rows: all trials.
+        title: of the section.
+        kind: with which names of its parts begin.
+        base: what the others are compared with, in words.
+        base_of: name of the part that a part is compared with.
     """
-    kinds = {"loss": "validation", "train_loss": "last tenth of training"}
+    columns = {"loss": "validation", "train_loss": "last tenth of training"}
     losses = {
-        kind: {(row["part"], row["trial"]): float(row[kind] or "inf") for row in rows if row["part"].startswith("fp8-")}
-        for kind in kinds
+        column: {
+            (row["part"], row["trial"]): float(row[column] or "inf")
+            for row in rows
+            if row["part"].startswith(f"{kind}-")
+        }
+        for column in columns
     }
     names = sorted({name for name, _ in losses["loss"]})
-    lines = ["| run | seeds | " + " | ".join(f"{told} | against bf16, same seeds" for told in kinds.values()) + " |"]
-    lines.append("|---" * 6 + "|")
+    heads = [f"{told} | against {base}, same seeds" for told in columns.values()]
+    lines = [f"| run | seeds | {' | '.join(heads)} |", "|---" * 6 + "|"]
     for name in names:
-        plain = f"fp8-{name.split('-')[1]}-bf16"
-        cells = [name.removeprefix("fp8-")]
-        for kind in kinds:
-            every = {trial: loss for (part, trial), loss in losses[kind].items() if part == name}
-            mine = {trial: loss for trial, loss in every.items() if (plain, trial) in losses[kind]}
+        plain = base_of(name)
+        cells = [name.removeprefix(f"{kind}-")]
+        for column in columns:
+            every = {trial: loss for (part, trial), loss in losses[column].items() if part == name}
+            mine = {trial: loss for trial, loss in every.items() if (plain, trial) in losses[column]}
             cells += [str(len(mine or every))] if len(cells) == 1 else []
-            ratios = [100 * (loss / losses[kind][plain, trial] - 1) for trial, loss in mine.items()]
+            ratios = [100 * (loss / losses[column][plain, trial] - 1) for trial, loss in mine.items()]
             mine = mine or every
             cells += [f"{np.mean(list(mine.values())):.4f}", mean_of(ratios, ".2f", " %") if name != plain else ""]
         lines.append("| " + " | ".join(cells) + " |")
-    return "## FP8\n\n" + "\n".join(lines) if names else ""
+    return f"## {title}\n\n" + "\n".join(lines) if names else ""
 
 
 def mean_of(values: Sequence[float], digits: str, unit: str = "") -> str:

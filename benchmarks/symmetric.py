@@ -4,7 +4,8 @@
 
 A size is BATCHxN, for products of symmetric N x N matrices with all extra terms, or BATCHxNxK, for X^T X of [K, N], or
 BATCHxNxKr, for X X^T of [N, K]. Candidates take turns, so that all have the same share of a GPU's warm and cold times.
-Each of Triton's differs from its kernel's own tuning, which comes first, in what its name says.
+Each of Triton's differs from its kernel's own tuning, which comes first, in what its name says. `cells` is the kernel
+for results of few cells (kernels/symmetric.py).
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from megatron_mup.kernels.late import kernels_of
-from megatron_mup.kernels.symmetric import Form
+from megatron_mup.kernels.symmetric import Product
 
 SIZES = "1x4096,1x2048,4x2048,16x2048,4x2048x8192,4x2048x8192r,1x4096x14336,1x8192"
 CHANGES: dict[str, dict[str, int | bool]] = {
@@ -34,39 +34,39 @@ CHANGES: dict[str, dict[str, int | bool]] = {
     "specialize": {"specialize": True},
 }
 TIMES = 10  # a graph's runs
-Arguments = tuple[Any, ...]
-"""What the kernels' ``launch`` takes."""
+Way = Callable[[Product], object]
 
 
-def candidates() -> dict[str, Callable[[Arguments], object]]:
+def candidates() -> dict[str, Way]:
     """Ways to a product, by name."""
     triton = kernels_of("symmetric")
-    found: dict[str, Callable[[Arguments], object]] = {}
+    found: dict[str, Way] = {}
     if torch.cuda.get_device_capability()[0] == 9:
-        found["Hopper"] = lambda args: kernels_of("symmetric_hopper").launch(*args)
+        found["Hopper"] = kernels_of("symmetric_hopper").launch
+        found["Hopper, one item a program"] = functools.partial(kernels_of("symmetric_hopper").launch, one_each=True)
+        found["cells"] = kernels_of("symmetric_cells").launch
     for name, change in CHANGES.items():
-        tuning = replace(triton.TUNING, **change)
-        found[name] = functools.partial(lambda tuning, args: triton.launch(*args, tuning), tuning)
+        found[name] = functools.partial(triton.launch, tuning=replace(triton.TUNING, **change))
     found["torch.bmm"] = plain
     return found
 
 
-def plain(args: Arguments) -> torch.Tensor:
+def plain(product: Product) -> torch.Tensor:
     """Both halves, without the extra terms."""
-    a, b = args[:2]
-    return torch.bmm(a, b.mT) if args[-1] == "rows" else torch.bmm(a.mT, b)
+    a, b = product[:2]
+    return torch.bmm(a.mT, b) if product.by_columns else torch.bmm(a, b.mT)
 
 
-def arguments(size: str) -> tuple[Arguments, float]:
+def arguments(size: str) -> tuple[Product, float]:
     """What is multiplied, and the product's FLOPs, symmetric halves counted once."""
-    form: Form = "rows" if size.endswith("r") else "columns"
+    by_columns = not size.endswith("r")
     batch, n, *depth = map(int, size.rstrip("r").split("x"))
     k = depth[0] if depth else n
-    shape = (batch, n, k) if form == "rows" else (batch, k, n)
+    shape = (batch, k, n) if by_columns else (batch, n, k)
     a = torch.randn(*shape, device="cuda").mul_(k**-0.5).to(torch.bfloat16 if depth else torch.float16)
     out = torch.empty(batch, n, n, device="cuda", dtype=torch.float16)
     d, scale = (None, None) if depth else (a, torch.ones(batch, device="cuda"))
-    return (a, a, out, d, scale, 0.5, 0.5, 1.0, form if depth else "symmetric"), 1.0 * batch * n * n * k
+    return Product(a, a, out, d, scale, 0.5, 0.5, 1.0, by_columns), 1.0 * batch * n * n * k
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -170,6 +170,7 @@ def measure(config: Config, steps: int, device: torch.device, trace: str | None 
         with torch.profiler.profile() as profile:
             step(batch, 1.0)
         profile.export_chrome_trace(f"{trace}.{dist.get_rank()}" if dist.get_rank() else trace)
+    step.close()
     seconds = statistics.median(times)
     per_device = samples * step.mesh.dp_size * training.seq_length / seconds / dist.get_world_size()
     half, full = (

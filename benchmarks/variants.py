@@ -44,6 +44,8 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 VARIANTS = {
     PLAIN: "",
     "bf16, graph": GRAPH,
+    **{f"bf16, graph, {name}": f"{GRAPH} --optimizer {name}" for name in ("muon", "spectral_sphere", "dion")},
+    "bf16, graph, muon by squaring": f"{GRAPH} --optimizer muon --muon-coefficient-type squaring",
     "bf16, clipping": "--clip-grad 1.0",
     "fused loss": LINEAR,
     "fused loss, chunks of 1024": f"{LINEAR} --loss-chunk-size 1024",

@@ -1,6 +1,6 @@
 """Worker processes that stay alive over many tests: importing PyTorch eight times at once takes half a minute.
 
-On CPUs they are forks of a process that has imported it: those of another pool, or after an error, start at once.
+They are forks of a process that has imported it: those of another pool, or after an error, start at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 PRELOADED = ["megatron_mup.training.main", "megatron_mup.training.trainer", "torch.distributed.checkpoint"]
-"""What the process that CPU workers are forks of imports."""
+"""What the process that workers are forks of imports. None of it looks for GPUs, or forks couldn't use them."""
 
 
 class Pool:
@@ -38,10 +38,8 @@ class Pool:
 
     def __init__(self, backend: str = "gloo") -> None:
         self._backend = backend
-        # A fork of a process that has looked for GPUs can't use them.
-        self._context: Any = mp.get_context("spawn" if backend == "nccl" else "forkserver")
-        if backend != "nccl":
-            self._context.set_forkserver_preload(PRELOADED)
+        self._context: Any = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
         self._tasks: list[Any] = []
         self._workers: list[Any] = []
         self._results = self._context.Queue()

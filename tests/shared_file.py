@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_mup.parallel import shared_memory
+
 
 class SharedFile:
-    """A buffer as `copy_engine.SymmetricBuffer`, on the disk."""
+    """A buffer as `shared_memory.SymmetricBuffer`, on the disk."""
 
     folder = Path()
     made = 0
@@ -28,3 +33,14 @@ class SharedFile:
 
     def barrier(self) -> None:
         dist.barrier(self._group)
+
+
+@contextmanager
+def shared_through(folder: str | Path) -> Iterator[pytest.MonkeyPatch]:
+    """All ranks of a group share memory through a folder that is empty at first, as if they were GPUs of a machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        if SharedFile.folder != Path(folder):  # else a rank might still read what the last one made there
+            SharedFile.folder, SharedFile.made = Path(folder), 0
+        patch.setattr(shared_memory, "SymmetricBuffer", SharedFile)
+        patch.setattr(shared_memory, "within_reach", lambda group, _device: group.size() > 1)
+        yield patch

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from megatron_mup.config import Config, from_dict, resolved
 from megatron_mup.config.fields import settings
 
-Kind = Literal["architecture", "schedule"]
+Kind = Literal["architecture", "schedule", "state", "momentum"]
 Difference = tuple[str, Any, Any]
 
 _NOT_ARCHITECTURE = {
@@ -28,10 +28,18 @@ _NOT_ARCHITECTURE = {
     "moe_shared_expert_overlap",
 }
 _RATES = ("lr", "muon_lr", "decoupled_lr", "min_lr", "weight_decay")
+_SPLITS = ("muon_split_qkv", "muon_split_heads", "muon_split_fc1")
+_STATE = ("optimizer", "optimizer_switch_at", "scalar_optimizer", "muon_moe_router", *_SPLITS, "dion_rank_fraction")
 
 
 def flags_of(kind: Kind) -> list[str]:
-    """Names of the settings that make up the model's function, or the schedule of rates and decay."""
+    """Names of the settings that make up the model's function, the schedule of rates and decay, or which state the
+    optimizers keep, in which shapes; or that saved momenta are measured by.
+    """
+    if kind == "state":
+        return list(_STATE)
+    if kind == "momentum":
+        return ["muon_momentum_style"]
     if kind == "schedule":
         return [name for name, setting in settings().items() if setting.section == "schedule"] + list(_RATES)
     sections = ("model", "moe", "parametrization")

@@ -193,14 +193,16 @@ def _mismatch(
         f"{key} has no place here" for key in found.unread[:1]
     ]
     if all(key.startswith(f"{OPTIMIZER}/") for key in keys):
+        fix = "load weights only: --no-load-optim or --finetune"
         if not any(key.startswith(f"{OPTIMIZER}/") for key in metadata.state_dict_metadata):
             why = "a checkpoint without optimizer state (--no-save-optim)"
         else:
-            before = manifest.config.get("optimizer", {}).get("optimizer")
-            now = config.optimizer.optimizer if config else None
-            flags = f"--optimizer was {before} and is {now}; " if config and before != now else ""
-            why = f"a checkpoint of another optimizer: {flags}{'; '.join(details)}"
-        return ConfigError(f"--load {path}", why, "load weights only: --no-load-optim or --finetune")
+            differences = compare_configs(manifest.config, config, "state") if config else []
+            if any((flag, before) == ("--optimizer", "adam") for flag, before, _ in differences):
+                fix = f"{fix}; or change optimizers where it was saved: --optimizer-switch-at {manifest.iteration}"
+            told = told_differences(differences)
+            why = f"a checkpoint of another optimizer: {'; '.join([told, *details] if told else details)}"
+        return ConfigError(f"--load {path}", why, fix)
     differences = compare_configs(manifest.config, config) if config else []
     told = told_differences(differences)
     return ConfigError(

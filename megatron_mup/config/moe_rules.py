@@ -40,17 +40,11 @@ def _check_experts(config: Config) -> None:
             "it has no rules for routers and experts",
             "use standard, mup, completep, depth-mup or spectral",
         )
-    if config.optimizer.optimizer == "dion":
+    if config.optimizer.optimizer == "dion" and config.optimizer.dion_compressed_sync:
         raise ConfigError(
-            told(config, "num_experts", "optimizer"),
-            "its bases are not kept by expert, so a checkpoint would be bound to its layout",
-            "use --optimizer muon, for example",
-        )
-    if config.optimizer.optimizer_switch_carry_state:
-        raise ConfigError(
-            told(config, "num_experts", "optimizer_switch_carry_state"),
-            "the state of experts is not carried over",
-            "drop --optimizer-switch-carry-state",
+            told(config, "num_experts", "dion_compressed_sync"),
+            "replicas of experts sum their gradients",
+            "drop --dion-compressed-sync",
         )
     model, moe, tp = config.model, config.moe, config.parallel.tensor_model_parallel_size
     if model.linear_bias:

@@ -67,10 +67,10 @@ class OptimizerConfig:
     muon_nesterov: bool = True
     """Nesterov form of the matrix optimizer's momentum; scion and dion have none."""
     muon_scale_mode: Literal["unit_rms_norm", "spectral", "shape_scaling", "match_rms_adamw"] = "unit_rms_norm"
-    """Factor on Muon's (NorMuon's, Dion's) orthonormal update of an [out, in] matrix: sqrt(out/in); sqrt(max(out, in));
-    sqrt(max(1, out/in)); 0.2 sqrt(max(out, in))."""
+    """Factor on the orthonormal update of an [out, in] matrix, but for scion: sqrt(out/in); sqrt(max(out, in));
+    sqrt(max(1, out/in)); 0.2 sqrt(max(out, in)). On the sphere --sphere-radius is another."""
     muon_extra_scale_factor: float = 1.0
-    """Another factor on Muon's update."""
+    """Another factor on the update."""
     muon_num_ns_steps: int | None = None
     """Newton-Schulz steps. Default: 5; 8 for muonsphere and spectral_sphere; of squaring 2, 3 for muonsphere."""
     muon_coefficient_type: (
@@ -127,12 +127,15 @@ class OptimizerConfig:
     """Norm of an untied embedding under scion. column: largest root mean square of a token's vector; sign: max |W|."""
     optimizer_cuda_graph: bool = True
     """Replay the matrix optimizer's work from CUDA graphs, on GPUs with Triton; else launch it kernel by kernel."""
+    optimizer_transport: Literal["auto", "collective"] = "auto"
+    """What brings matrices to the ranks that orthonormalize them, and results back. auto: loads and stores in each
+    other's memory where these ranks are GPUs of one machine, else collective; collective: NCCL or gloo."""
     optimizer_plan_cost: Literal["measured", "flops"] = "measured"
     """What the plan of the matrix optimizer balances over ranks. measured: time of each shape on the GPU of the first
     rank, taken at start and kept in ~/.cache/megatron_mup (XDG_CACHE_HOME); flops: FLOPs, as always on CPUs and under
     --deterministic-mode."""
     print_optimizer_plan: bool = False
-    """Print which rank orthonormalizes which matrix, and how evenly the work is dealt."""
+    """Print which rank orthonormalizes which matrix (of the first pipeline stage), and how evenly the work is dealt."""
 
     @property
     def coefficient_type(self) -> str:

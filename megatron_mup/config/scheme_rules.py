@@ -79,7 +79,7 @@ def check_rule_of_optimizer(config: Config) -> None:
             "Everett et al. have exponents for Adam and its kin only",
             "use --optimizer adam, or --parametrization spectral or completep",
         )
-    if name == "umup" and flags.optimizer in ("muon", "normuon") and flags.muon_scale_mode != "unit_rms_norm":
+    if name == "umup" and flags.optimizer in ("muon", "normuon", *SPHERE) and flags.muon_scale_mode != "unit_rms_norm":
         raise ConfigError(
             told(config, "parametrization", "muon_scale_mode"),
             "u-muP has no base model at which another scale could equal sqrt(out/in)",

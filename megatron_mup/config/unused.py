@@ -71,10 +71,10 @@ def _experts(config: Config) -> Iterable[tuple[list[str], bool, str]]:
 def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     optimizer, schedule = config.optimizer, config.schedule
     name = f"the optimizer is {optimizer.optimizer}"
-    matrix_only = [*_names("muon_", "optimizer_plan_"), "optimizer_cuda_graph", "print_optimizer_plan"]
+    kept = ["optimizer_cuda_graph", "optimizer_transport", "print_optimizer_plan"]
+    matrix_only = [*_names("muon_", "optimizer_plan_"), *kept]
     yield ["scalar_optimizer", *matrix_only], optimizer.optimizer == "adam", name
-    scaled = ("muon", "normuon", "dion")
-    yield ["muon_scale_mode", "muon_extra_scale_factor"], optimizer.optimizer not in scaled, name
+    yield ["muon_scale_mode", "muon_extra_scale_factor"], optimizer.optimizer == "scion", name
     yield ["muon_nesterov"], optimizer.optimizer in ("scion", "dion"), name
     local = optimizer.muon_distributed_mode == "local" and config.parallel.tensor_model_parallel_size == 1
     yield ["muon_distributed_mode"], local, "the tensor-parallel size is 1"
@@ -94,18 +94,18 @@ def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield _names("sphere_"), optimizer.optimizer not in ("muonsphere", "spectral_sphere"), name
     yield ["sphere_solver_steps"], optimizer.optimizer == "muonsphere", name
     yield _names("scion_"), optimizer.optimizer != "scion", name
-    decay = ["weight_decay", "weight_decay_rule", "decay_embeddings", "decay_output_layer"]
-    yield decay, optimizer.optimizer == "scion", "scion's balls take the place of weight decay"
     tied = not config.model.untie_embeddings_and_output_weights
+    yield from _decay(config, tied)
     no_table = tied and config.model.position_embedding_type != "learned_absolute"
     yield _names("scion_embedding_"), no_table, "the embedding is tied to the output layer; --scion-output-radius rules"
     rest = "adam" if optimizer.optimizer == "adam" else optimizer.scalar_optimizer
     spared = f"what is no hidden matrix is trained by {rest}"
+    at_work = {rest} if no_switch else {rest, "adam"}
     yield _names("lion_"), rest != "lion", spared
     yield _names("ademamix_"), rest != "ademamix", spared
-    yield ["adam_beta1", "adam_beta2"], rest == "lion", spared
-    yield ["adam_eps"], rest in ("lion", "adam_atan2"), spared
-    yield ["adam_impl", *_names("exp_avg_")], rest != "adam", spared
+    yield ["adam_beta1", "adam_beta2"], at_work == {"lion"}, spared
+    yield ["adam_eps"], at_work <= {"lion", "adam_atan2"}, spared
+    yield ["adam_impl", *_names("exp_avg_")], "adam" not in at_work, spared
     engine = config.parallel.distributed_engine
     yield ["adam_impl", *_names("exp_avg_")], engine != "native", f"{engine} brings its own AdamW"
     yield ["muon_split_fc1"], not config.model.swiglu, "without --swiglu there is no gate to split off"
@@ -117,6 +117,20 @@ def _learning(config: Config) -> Iterable[tuple[list[str], bool, str]]:
     yield ["lr_wsd_decay_style"], no_tail, "the tail has no length"
     cold = not (schedule.lr_warmup_iters or schedule.lr_warmup_samples or schedule.lr_warmup_fraction)
     yield ["lr_warmup_init"], cold, "there is no warm-up"
+
+
+def _decay(config: Config, tied: bool) -> Iterable[tuple[list[str], bool, str]]:
+    """Where matrices are kept to a norm; routers aren't, nor is what AdamW trains before it changes."""
+    flags, all_of_them = config.optimizer, ["weight_decay", "weight_decay_rule"]
+    if flags.optimizer_switch_at is not None:
+        return
+    routers = config.moe.num_experts is not None and not flags.muon_moe_router
+    scion, why = flags.optimizer == "scion", "scion's balls take the place of weight decay"
+    yield all_of_them, scion and not routers, why
+    yield ["decay_embeddings", "decay_output_layer"], scion, why
+    hard = flags.optimizer in scheme_rules.SPHERE and flags.sphere_retraction == "hard"
+    others = routers or flags.decay_embeddings or (flags.decay_output_layer and not tied)
+    yield all_of_them, hard and not others, "hard retraction takes the place of weight decay"
 
 
 def _layout(config: Config, world_size: int) -> Iterable[tuple[list[str], bool, str]]:
@@ -132,6 +146,9 @@ def _layout(config: Config, world_size: int) -> Iterable[tuple[list[str], bool, 
     whole = "nothing is sharded over data-parallel ranks"
     yield ["num_distributed_optimizer_instances", "fsdp_transport"], parallel.sharding == "no_shard", whole
     one = config.sharding_size(world_size) == 1
+    uncut = alone and (one or parallel.sharding == "no_shard")
+    gram = config.optimizer.muon_distributed_mode == "gram"
+    yield ["muon_distributed_mode"], gram and uncut, "no ranks hold parts of a matrix"
     yield ["dion_compressed_sync"], one, "there is one data-parallel rank, and no replica"
     lone = "there is one data-parallel rank"
     yield ["grad_reduce_in_bf16"], one and parallel.grad_reduce_in_bf16, lone

@@ -32,6 +32,7 @@ class Piece:
         place: its first element in the buffer.
         length: elements.
         matrix: number of the logical matrix that they belong to.
+        buffer: number of the buffer, where there are several.
     """
 
     tensor: int
@@ -39,6 +40,7 @@ class Piece:
     place: int
     length: int
     matrix: int
+    buffer: int = 0
 
 
 class Pieces:
@@ -48,10 +50,15 @@ class Pieces:
         pieces: the runs; empty ones are left out.
         device: where the tensors are.
         unaligned: tensors that don't begin at a multiple of 16 bytes.
+
+    Attributes:
+        pieces: the runs.
+        numel: elements in all.
     """
 
     def __init__(self, pieces: Sequence[Piece], device: torch.device, unaligned: Collection[int] = ()) -> None:
         self.pieces = tuple(piece for piece in pieces if piece.length)
+        self.numel = sum(piece.length for piece in self.pieces)
         self.tables = tile_tables(self.pieces, device, unaligned) if device.type == "cuda" else []
         self._matrices: dict[int, torch.Tensor] = {}
 
@@ -76,18 +83,27 @@ class Pieces:
 def tile_tables(
     pieces: Sequence[Piece], device: torch.device, unaligned: Collection[int]
 ) -> list[tuple[bool, torch.Tensor]]:
-    """Pieces cut into tiles of at most `TILE` elements.
+    """Pieces cut into tiles of at most `TILE` elements, those of several buffers evenly mixed.
 
     Returns:
-        Tables ``[tiles, 5]`` int64 in the order of `Piece`, of whole and aligned tiles (True) and of the others.
+        Tables ``[tiles, 6]`` int64 in the order of `Piece`, of whole and aligned tiles (True) and of the others.
     """
-    tiles: dict[bool, list[tuple[int, int, int, int, int]]] = {True: [], False: []}
+    tiles: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
     for p in pieces:
         for at in range(0, p.length, TILE):
             start, place, length = p.start + at, p.place + at, min(TILE, p.length - at)
             whole = length == TILE and start % 8 == 0 and place % 8 == 0 and p.tensor not in unaligned
-            tiles[whole].append((p.tensor, start, place, length, p.matrix))
-    return [(whole, torch.tensor(rows, device=device)) for whole, rows in tiles.items() if rows]
+            tiles[whole].append((p.tensor, start, place, length, p.matrix, p.buffer))
+    return [(whole, _mixed(torch.tensor(rows)).to(device)) for whole, rows in tiles.items() if rows]
+
+
+def _mixed(tiles: torch.Tensor) -> torch.Tensor:
+    """Tiles so ordered that those of each buffer are spread evenly: buffers in other GPUs' memory are slower."""
+    position = torch.empty(len(tiles), dtype=torch.float64)
+    for buffer in tiles[:, 5].unique():
+        (own,) = torch.where(tiles[:, 5] == buffer)
+        position[own] = torch.arange(len(own), dtype=torch.float64) / len(own)
+    return tiles[position.argsort(stable=True)]
 
 
 class Shards:
@@ -161,7 +177,7 @@ def can_replay(device: torch.device) -> bool:
 def advance(
     grads: Shards,
     momenta: Shards | None,
-    out: torch.Tensor,
+    out: torch.Tensor | Shards,
     pieces: Pieces,
     momentum: Momentum,
     matrices: int = 0,
@@ -171,20 +187,30 @@ def advance(
     Args:
         grads: gradients; computed with in the momenta's precision.
         momenta: tensors like them; None: gradients are the updates.
-        out: flat buffer.
+        out: flat buffer, or several.
         pieces: what to do.
         momentum: how, if there are momenta.
-        matrices: how many equal matrices the buffer holds, none of which begins inside a piece.
+        matrices: how many equal matrices the one buffer holds, none of which begins inside a piece.
 
     Returns:
         fp32 ``[matrices]``, Frobenius norms of what was written, where they come at no cost: from the kernel.
     """
-    kernels = _kernels(out.device)
+    kernels = _kernels(_device_of(out))
     if kernels is None:
         advance_reference(grads, momenta, out, pieces, momentum)
         return None
     squares = kernels.advance(grads, momenta, out, pieces, momentum, matrices > 0)
-    return None if squares is None else _norms(squares, pieces, out.numel() // matrices, matrices)
+    if squares is None or isinstance(out, Shards):
+        return None
+    return _norms(squares, pieces, out.numel() // matrices, matrices)
+
+
+def _device_of(buffer: torch.Tensor | Shards) -> torch.device:
+    return (buffer.tensors[0] if isinstance(buffer, Shards) else buffer).device
+
+
+def _buffer_of(piece: Piece, buffer: torch.Tensor | Shards) -> torch.Tensor:
+    return buffer.tensors[piece.buffer] if isinstance(buffer, Shards) else buffer
 
 
 def _norms(squares: torch.Tensor, pieces: Pieces, size: int, count: int) -> torch.Tensor:
@@ -200,7 +226,7 @@ def joined_norms(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.
 
 
 def advance_reference(
-    grads: Shards, momenta: Shards | None, out: torch.Tensor, pieces: Pieces, momentum: Momentum
+    grads: Shards, momenta: Shards | None, out: torch.Tensor | Shards, pieces: Pieces, momentum: Momentum
 ) -> None:
     """The plain twin of :func:`advance`, which defines it."""
     beta = momentum.beta
@@ -216,7 +242,7 @@ def advance_reference(
             else:
                 kept.mul_(beta).add_(grad)
                 update = grad.add(kept, alpha=beta) if momentum.nesterov else kept
-        out[piece.place : piece.place + piece.length].copy_(update)
+        _buffer_of(piece, out)[piece.place : piece.place + piece.length].copy_(update)
 
 
 def move(source: torch.Tensor, out: torch.Tensor, pieces: Pieces, matrices: int = 0) -> torch.Tensor | None:
@@ -245,16 +271,18 @@ def move_reference(source: torch.Tensor, out: torch.Tensor, pieces: Pieces) -> N
         out[piece.place : piece.place + piece.length].copy_(source[piece.start : piece.start + piece.length])
 
 
-def apply(values: Shards, results: torch.Tensor, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor) -> None:
+def apply(
+    values: Shards, results: torch.Tensor | Shards, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor
+) -> None:
     """``W <- W + (gain R + change W)``, summed in fp32 and rounded once, in place.
 
     Args:
         values: weights W.
-        results: flat buffer with R.
+        results: flat buffer with R, or several.
         pieces: what to do.
         gain, change: fp32 ``[matrices]``, by number of the logical matrix.
     """
-    kernels = _kernels(results.device)
+    kernels = _kernels(_device_of(results))
     if kernels is None:
         apply_reference(values, results, pieces, gain, change)
     else:
@@ -262,10 +290,11 @@ def apply(values: Shards, results: torch.Tensor, pieces: Pieces, gain: torch.Ten
 
 
 def apply_reference(
-    values: Shards, results: torch.Tensor, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor
+    values: Shards, results: torch.Tensor | Shards, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor
 ) -> None:
     """The plain twin of :func:`apply`, which defines it."""
     for piece in pieces.pieces:
         value = values.tensors[piece.tensor][piece.start : piece.start + piece.length]
-        delta = results[piece.place : piece.place + piece.length].to(torch.float32) * gain[piece.matrix]
+        result = _buffer_of(piece, results)[piece.place : piece.place + piece.length]
+        delta = result.to(torch.float32) * gain[piece.matrix]
         value.add_(delta.add_(value.to(torch.float32) * change[piece.matrix]))

@@ -14,8 +14,17 @@ _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 @triton.jit
 def _tile(tiles):
     """A row of the table: tensor, first element there and in the buffer, length, matrix."""
-    row = tiles + tl.program_id(0).to(tl.int64) * 5
+    row = tiles + tl.program_id(0).to(tl.int64) * 6
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+
+
+@triton.jit
+def _buffer(buffers, tiles, KIND: tl.constexpr, MANY: tl.constexpr):
+    """The tile's buffer, of a table of addresses if there are many."""
+    if MANY:
+        number = tl.load(tiles + tl.program_id(0).to(tl.int64) * 6 + 5)
+        buffers = tl.load(buffers + number).to(tl.pointer_type(KIND))
+    return buffers
 
 
 @triton.jit
@@ -63,6 +72,8 @@ def _advance_kernel(
     EMA: tl.constexpr,
     NESTEROV: tl.constexpr,
     SQUARES: tl.constexpr,
+    OUT: tl.constexpr,
+    MANY: tl.constexpr,
     WHOLE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -80,8 +91,8 @@ def _advance_kernel(
         if NESTEROV:
             average = stored.to(tl.float32)
             update = (_lerp(fresh, average, beta) if EMA else fresh + beta * average).to(MOMENTUM)
-    written = update.to(out.dtype.element_ty)
-    _store(_elements(out, place, WHOLE, TILE), written, length, WHOLE, TILE)
+    written = update.to(OUT)
+    _store(_elements(_buffer(out, tiles, OUT, MANY), place, WHOLE, TILE), written, length, WHOLE, TILE)
     if SQUARES:
         exact = written.to(tl.float32)
         tl.store(squares + tl.program_id(0), tl.sum(exact * exact, 0))
@@ -98,17 +109,38 @@ def _move_kernel(tiles, source, out, squares, SQUARES: tl.constexpr, WHOLE: tl.c
 
 
 @triton.jit
-def _apply_kernel(tiles, values, results, gain, change, VALUE: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr):
+def _apply_kernel(
+    tiles,
+    values,
+    results,
+    gain,
+    change,
+    VALUE: tl.constexpr,
+    RESULT: tl.constexpr,
+    MANY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     tensor, start, place, length, matrix = _tile(tiles)
     where = _elements(tl.load(values + tensor).to(tl.pointer_type(VALUE)), start, WHOLE, TILE)
     value = _load(where, length, WHOLE, TILE).to(tl.float32)
-    result = _load(_elements(results, place, WHOLE, TILE), length, WHOLE, TILE).to(tl.float32)
+    buffer = _buffer(results, tiles, RESULT, MANY)
+    result = _load(_elements(buffer, place, WHOLE, TILE), length, WHOLE, TILE).to(tl.float32)
     delta = result * tl.load(gain + matrix) + value * tl.load(change + matrix)
     _store(where, (value + delta).to(VALUE), length, WHOLE, TILE)
 
 
+def _table_or(buffer: torch.Tensor | Shards) -> torch.Tensor | None:
+    return buffer.table if isinstance(buffer, Shards) else buffer
+
+
 def advance(
-    grads: Shards, momenta: Shards | None, out: torch.Tensor, pieces: Pieces, momentum: Momentum, squared: bool = False
+    grads: Shards,
+    momenta: Shards | None,
+    out: torch.Tensor | Shards,
+    pieces: Pieces,
+    momentum: Momentum,
+    squared: bool = False,
 ) -> torch.Tensor | None:
     """Runs the kernel; arguments as for ``shards.advance``.
 
@@ -116,14 +148,14 @@ def advance(
         If ``squared``, sums of squares of what was written, fp32 by tile, and a zero at the end.
     """
     count = sum(len(tiles) for _, tiles in pieces.tables)
-    squares = torch.zeros(count + 1, device=out.device) if squared and count else None
+    squares = torch.zeros(count + 1, device=pieces.tables[0][1].device) if squared and count else None
     first = 0
     for whole, tiles in pieces.tables:
         _advance_kernel[(len(tiles),)](
             tiles,
             grads.table,
             grads.table if momenta is None else momenta.table,
-            out,
+            _table_or(out),
             tiles if squares is None else squares[first:],
             momentum.beta,
             1 - momentum.beta,
@@ -133,6 +165,8 @@ def advance(
             EMA=momentum.ema,
             NESTEROV=momentum.nesterov,
             SQUARES=squares is not None,
+            OUT=_TYPES[out.dtype],
+            MANY=isinstance(out, Shards),
             WHOLE=whole,
             TILE=TILE,
         )
@@ -152,9 +186,20 @@ def move(source: torch.Tensor, out: torch.Tensor, pieces: Pieces, squared: bool 
     return squares
 
 
-def apply(values: Shards, results: torch.Tensor, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor) -> None:
+def apply(
+    values: Shards, results: torch.Tensor | Shards, pieces: Pieces, gain: torch.Tensor, change: torch.Tensor
+) -> None:
     """Runs the kernel; arguments as for ``shards.apply``."""
     for whole, tiles in pieces.tables:
         _apply_kernel[(len(tiles),)](
-            tiles, values.table, results, gain, change, VALUE=_TYPES[values.dtype], WHOLE=whole, TILE=TILE
+            tiles,
+            values.table,
+            _table_or(results),
+            gain,
+            change,
+            VALUE=_TYPES[values.dtype],
+            RESULT=_TYPES[results.dtype],
+            MANY=isinstance(results, Shards),
+            WHOLE=whole,
+            TILE=TILE,
         )

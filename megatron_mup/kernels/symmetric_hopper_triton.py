@@ -23,10 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from megatron_mup.kernels.late import run
+from megatron_mup.kernels.symmetric import Product
 
-_CELL = 128  # side of a cell
-_DEPTH = 64  # columns of the operands that are multiplied at a time
-_SLOTS = 4  # of shared memory, for as many steps' operands
+CELL = gl.constexpr(128)  # side of a cell
+DEPTH = gl.constexpr(64)  # columns of the operands that are multiplied at a time
+SLOTS = gl.constexpr(4)  # of shared memory, for as many steps' operands
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
@@ -97,43 +98,27 @@ def _place(item, whole, pairs, side):
 
 
 @gluon.jit
-def _cell_in(memory, number, like, SLOTS: gl.constexpr):
+def _cell_in(memory, number, like):
     """Memory for a cell, of the type and layout of ``like``, in the slot of ``number``."""
     return memory.index(number % SLOTS)._reinterpret(like.dtype, like.block_type.shape, like.layout)
 
 
 @gluon.jit
-def _await(barriers, number, flip, SLOTS: gl.constexpr):
+def _await(barriers, number, flip):
     mbarrier.wait(barriers.index(number % SLOTS), ((number // SLOTS) & 1) ^ flip)
 
 
 @gluon.jit
-def _free(empty, number, needed, SLOTS: gl.constexpr):
+def _free(empty, number, needed):
     mbarrier.arrive(empty.index((number + SLOTS) % SLOTS), count=1, pred=needed)
 
 
 @gluon.jit
-def _load(
-    a,
-    b,
-    d,
-    a_memory,
-    b_memory,
-    ready,
-    empty,
-    steps,
-    pairs,
-    side,
-    whole,
-    items,
-    HAS_D: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    CELL: gl.constexpr,
-    DEPTH: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
+def _load(a, b, d, memory, sizes, HAS_D: gl.constexpr, COLUMNS: gl.constexpr):
     """What the loading warp does. An item takes a slot per step, and two that D comes to and cells are stored from."""
     HALVES: gl.constexpr = [2, 1, DEPTH, CELL] if COLUMNS else [2, 1, CELL, DEPTH]
+    a_memory, b_memory, ready, empty = memory
+    steps, pairs, side, whole, items = sizes
     number = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         matrix, i, j, k = _place(item, whole, pairs, side)
@@ -141,7 +126,7 @@ def _load(
             bar = ready.index(number % SLOTS)
             left = a_memory.index(number % SLOTS)
             right = b_memory.index(number % SLOTS)._reinterpret(b.dtype, HALVES, b.layout)
-            _await(empty, number, 1, SLOTS)
+            _await(empty, number, 1)
             mbarrier.expect(bar, 2 * a.block_type.nbytes, pred=j == k)
             mbarrier.expect(bar, 3 * a.block_type.nbytes, pred=j != k)
             at = step * DEPTH
@@ -156,11 +141,11 @@ def _load(
             number += 1
         for second in gl.static_range(2):
             bar = ready.index(number % SLOTS)
-            _await(empty, number, 1, SLOTS)
+            _await(empty, number, 1)
             if HAS_D:
                 column = k if second else j
                 mbarrier.expect(bar, d.block_type.nbytes)
-                cell = _cell_in(b_memory, number, d, SLOTS)
+                cell = _cell_in(b_memory, number, d)
                 tma.async_copy_global_to_shared(d, [matrix, i * CELL, column * CELL], bar, cell)
             else:
                 mbarrier.arrive(bar, count=1)
@@ -168,30 +153,15 @@ def _load(
 
 
 @gluon.jit
-def _multiply(
-    b,
-    a_memory,
-    b_memory,
-    ready,
-    empty,
-    number,
-    steps,
-    following,
-    whole,
-    pairs,
-    side,
-    COLUMNS: gl.constexpr,
-    CELL: gl.constexpr,
-    DEPTH: gl.constexpr,
-    SLOTS: gl.constexpr,
-    WIDTH: gl.constexpr,
-):
+def _multiply(b, memory, number, following, sizes, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
     """fp32 [CELL, WIDTH] of the product, the number after its slots, and the place of the following item."""
     HALVES: gl.constexpr = [2, 1, DEPTH, CELL] if COLUMNS else [2, 1, CELL, DEPTH]
+    a_memory, b_memory, ready, empty = memory
+    steps, pairs, side, whole, _ = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, WIDTH, 16])
     acc = gl.zeros((CELL, WIDTH), gl.float32, layout)
     for step in range(steps):
-        _await(ready, number, 0, SLOTS)
+        _await(ready, number, 0)
         left = a_memory.index(number % SLOTS)
         right = b_memory.index(number % SLOTS)
         if WIDTH == CELL:
@@ -206,39 +176,28 @@ def _multiply(
         acc = warpgroup_mma_wait(1, deps=(acc,))
         if step == 0:
             tma.store_wait(0)  # the last item's second cell has left its slot
-        _free(empty, number - 1, number > 0, SLOTS)
+        _free(empty, number - 1, number > 0)
         number += 1
     matrix, i, j, k = _place(following, whole, pairs, side)  # while the last product runs
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    _free(empty, number - 1, True, SLOTS)
+    _free(empty, number - 1, True)
     return acc, number, matrix, i, j, k
 
 
 @gluon.jit
-def _value(
-    acc,
-    b_memory,
-    d,
-    ready,
-    number,
-    alpha,
-    beta,
-    HAS_D: gl.constexpr,
-    CELL: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
+def _value(acc, b_memory, d, ready, number, alpha, beta, HAS_D: gl.constexpr):
     """``alpha`` times a cell's product, plus ``beta`` times its cell of D, which lies in the slot of ``number``."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CELL, 16])
     out = gl.convert_layout(acc, layout, assert_trivial=True) * alpha
-    _await(ready, number, 0, SLOTS)
+    _await(ready, number, 0)
     if HAS_D:
-        cell = _cell_in(b_memory, number, d, SLOTS).reshape([CELL, CELL])
+        cell = _cell_in(b_memory, number, d).reshape([CELL, CELL])
         out += beta * cell.load(layout).to(gl.float32)
     return out
 
 
 @gluon.jit
-def _store(out, c, straight, turned, diagonal, matrix, i, j, CELL: gl.constexpr, DTYPE: gl.constexpr):
+def _store(out, c, straight, turned, diagonal, matrix, i, j, DTYPE: gl.constexpr):
     """Stores cell (i, j) and its mirror image; on the diagonal the upper half is the one that counts."""
     layout: gl.constexpr = out.type.layout
     flat = straight.reshape([CELL, CELL])
@@ -266,28 +225,19 @@ def _compute(
     c,
     d,
     scale,
-    alpha,
-    beta,
-    diagonal,
-    a_memory,
-    b_memory,
+    terms,
+    memory,
     turned,
-    ready,
-    empty,
-    steps,
-    pairs,
-    side,
-    whole,
-    items,
+    sizes,
     HAS_D: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     COLUMNS: gl.constexpr,
-    CELL: gl.constexpr,
-    DEPTH: gl.constexpr,
-    SLOTS: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
     """What the other warps do."""
+    alpha, beta, diagonal = terms
+    _, b_memory, ready, empty = memory
+    _, pairs, side, whole, items = sizes
     number = 0
     matrix, i, j, k = _place(gl.program_id(0), whole, pairs, side)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -298,27 +248,21 @@ def _compute(
         be = factor * beta
         di = factor * diagonal
         if j == k:
-            acc, number, m2, i2, j2, k2 = _multiply(
-                b, a_memory, b_memory, ready, empty, number, steps, following, whole, pairs, side,
-                COLUMNS, CELL, DEPTH, SLOTS, CELL,
-            )  # fmt: skip
-            one = _value(acc, b_memory, d, ready, number, al, be, HAS_D, CELL, SLOTS)
-            _store(one, c, _cell_in(b_memory, number, c, SLOTS), turned, di, matrix, i, j, CELL, DTYPE)
-            _await(ready, number + 1, 0, SLOTS)
+            acc, number, m2, i2, j2, k2 = _multiply(b, memory, number, following, sizes, COLUMNS, CELL)
+            one = _value(acc, b_memory, d, ready, number, al, be, HAS_D)
+            _store(one, c, _cell_in(b_memory, number, c), turned, di, matrix, i, j, DTYPE)
+            _await(ready, number + 1, 0)
             tma.store_wait(0)
-            _free(empty, number, True, SLOTS)
+            _free(empty, number, True)
         else:
-            pair, number, m2, i2, j2, k2 = _multiply(
-                b, a_memory, b_memory, ready, empty, number, steps, following, whole, pairs, side,
-                COLUMNS, CELL, DEPTH, SLOTS, 2 * CELL,
-            )  # fmt: skip
+            pair, number, m2, i2, j2, k2 = _multiply(b, memory, number, following, sizes, COLUMNS, 2 * CELL)
             left, right = pair.reshape((CELL, 2, CELL)).permute((0, 2, 1)).split()
-            one = _value(left, b_memory, d, ready, number, al, be, HAS_D, CELL, SLOTS)
-            _store(one, c, _cell_in(b_memory, number, c, SLOTS), turned, di, matrix, i, j, CELL, DTYPE)
-            two = _value(right, b_memory, d, ready, number + 1, al, be, HAS_D, CELL, SLOTS)
+            one = _value(left, b_memory, d, ready, number, al, be, HAS_D)
+            _store(one, c, _cell_in(b_memory, number, c), turned, di, matrix, i, j, DTYPE)
+            two = _value(right, b_memory, d, ready, number + 1, al, be, HAS_D)
             tma.store_wait(0)
-            _free(empty, number, True, SLOTS)
-            _store(two, c, _cell_in(b_memory, number + 1, c, SLOTS), turned, di, matrix, i, k, CELL, DTYPE)
+            _free(empty, number, True)
+            _store(two, c, _cell_in(b_memory, number + 1, c), turned, di, matrix, i, k, DTYPE)
         number += 2
         matrix, i, j, k = m2, i2, j2, k2
     tma.store_wait(0)
@@ -342,9 +286,6 @@ def _kernel(
     HAS_D: gl.constexpr,
     HAS_SCALE: gl.constexpr,
     COLUMNS: gl.constexpr,
-    CELL: gl.constexpr,
-    DEPTH: gl.constexpr,
-    SLOTS: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
     ONE: gl.constexpr = [SLOTS, 1, DEPTH, CELL] if COLUMNS else [SLOTS, 1, CELL, DEPTH]
@@ -357,26 +298,17 @@ def _kernel(
     for slot in gl.static_range(SLOTS):
         mbarrier.init(ready.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
+    terms = alpha, beta, diagonal
+    memory = a_memory, b_memory, ready, empty
+    sizes = steps, pairs, side, whole, items
     gl.warp_specialize(
         [
-            (
-                _compute,
-                (
-                    b, c, d, scale, alpha, beta, diagonal, a_memory, b_memory, turned, ready, empty, steps, pairs, side,
-                    whole, items, HAS_D, HAS_SCALE, COLUMNS, CELL, DEPTH, SLOTS, DTYPE,
-                ),
-            ),
-            (
-                _load,
-                (
-                    a, b, d, a_memory, b_memory, ready, empty, steps, pairs, side, whole, items,
-                    HAS_D, COLUMNS, CELL, DEPTH, SLOTS,
-                ),
-            ),
+            (_compute, (b, c, d, scale, terms, memory, turned, sizes, HAS_D, HAS_SCALE, COLUMNS, DTYPE)),
+            (_load, (a, b, d, memory, sizes, HAS_D, COLUMNS)),
         ],
         [1],
         [40],
-    )  # fmt: skip
+    )
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -388,40 +320,28 @@ def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    out: torch.Tensor,
-    d: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    alpha: float,
-    beta: float,
-    diagonal: float,
-    form: str,
-) -> None:
-    """Runs the kernel; the arguments are those of ``symmetric_product``, checked and three-dimensional."""
-    by_columns = form != "rows"
+def launch(product: Product, one_each: bool = False) -> None:
+    """Runs the kernel, with one program for each multiprocessor, or ``one_each`` for items."""
+    a, b, out, d, scale, *factors, by_columns = product
     matrices, n = out.shape[:2]
-    side = -(-n // _CELL)
+    side = -(-n // CELL.value)
     pairs, programs = pairs_of(side), _programs(out.device)
     rest = matrices * pairs % programs
     # Pairs left over for less than half of the programs are taken apart, so that twice as many end in half the time.
     apart = rest if 2 * rest <= programs else 0
     whole = matrices * pairs - apart
     items = whole + 2 * apart
-    box = [1, _DEPTH, _CELL] if by_columns else [1, _CELL, _DEPTH]
+    box = [1, DEPTH.value, CELL.value] if by_columns else [1, CELL.value, DEPTH.value]
     left = TensorDescriptor.from_tensor(a, box, _LAYOUT)
-    target = TensorDescriptor.from_tensor(out, [1, _CELL, _CELL], _LAYOUT)
+    target = TensorDescriptor.from_tensor(out, [1, CELL.value, CELL.value], _LAYOUT)
     arguments = (
         left,
         left if a is b else TensorDescriptor.from_tensor(b, box, _LAYOUT),
         target,
-        target if d is None else TensorDescriptor.from_tensor(d, [1, _CELL, _CELL], _LAYOUT),
+        target if d is None else TensorDescriptor.from_tensor(d, [1, CELL.value, CELL.value], _LAYOUT),
         out if scale is None else scale,
-        float(alpha),
-        float(beta),
-        float(diagonal),
-        -(-a.shape[1 if by_columns else 2] // _DEPTH),
+        *factors,
+        -(-product.depth // DEPTH.value),
         pairs,
         side,
         whole,
@@ -431,17 +351,15 @@ def launch(
         "HAS_D": d is not None,
         "HAS_SCALE": scale is not None,
         "COLUMNS": by_columns,
-        "CELL": _CELL,
-        "DEPTH": _DEPTH,
-        "SLOTS": _SLOTS,
         "DTYPE": _TYPES[out.dtype],
     }
     addend = None if d is None else d.dtype
     aligned = arguments[4].data_ptr() % 16 == 0
     key = (out.device, a.dtype, b.dtype, out.dtype, addend, by_columns, scale is None, aligned)
+    grid = items if one_each else min(programs, items)
     if key in _compiled:
-        _compiled[key][(min(programs, items), 1, 1)](*arguments, *constants.values())
+        _compiled[key][(grid, 1, 1)](*arguments, *constants.values())
     else:
-        compiled = run(_kernel, min(programs, items), *arguments, **constants, num_warps=8, maxnreg=168)
+        compiled = run(_kernel, grid, *arguments, **constants, num_warps=8, maxnreg=168)
         if compiled is not None:
             _compiled[key] = compiled

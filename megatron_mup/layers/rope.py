@@ -91,8 +91,9 @@ def parts(fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def rotated_parts(
     fused: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`parts`, queries and keys rotated; compiled for a GPU their gradients meet in one kernel."""
-    if HAS_KERNEL and fused.is_cuda and torch.compiler.is_compiling():
+    """`parts`, queries and keys rotated; compiled for a GPU in half precision their gradients meet in one kernel."""
+    # In fp32 PyTorch 2.11 loses the gradients of what ends in a cast that changes nothing, as `rotate` does then.
+    if HAS_KERNEL and fused.is_cuda and fused.dtype != torch.float32 and torch.compiler.is_compiling():
         return _Parts.apply(fused, cos, sin)
     query, key, value = parts(fused)
     return rotate(query, cos, sin), rotate(key, cos, sin), value

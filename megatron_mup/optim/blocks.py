@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
+from megatron_mup.parallel.shared_memory import MakeBuffer
 from megatron_mup.parametrization.meta import Block, ParamMeta, Role
+
+Reach = Callable[[dist.ProcessGroup, torch.device], MakeBuffer | None]
+"""What makes memory that the ranks of a group share; None where they aren't within reach. Collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,7 @@ class MatrixSettings:
     ns_dtype: torch.dtype = torch.float32
     cuda_graph: bool = True
     measured_costs: bool = False
+    reach: Reach | None = None
 
 
 def logical_blocks(meta: ParamMeta, settings: MatrixSettings) -> tuple[Block, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from megatron_mup.optim.scalar import (
 )
 from megatron_mup.optim.scion import ScionTables, ScionTableSettings, hidden_settings
 from megatron_mup.optim.sphere import MuonSphere, SpectralSphere, SphereSettings
+from megatron_mup.parallel import shared_memory
 from megatron_mup.parallel.data_parallel import DTYPES, keeps_replicas_apart
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.horizon import adam_betas
@@ -82,9 +84,13 @@ def build_matrix(
     shared = shared_settings(flags, device)
     measured = flags.optimizer_plan_cost == "measured" and not config.training.deterministic_mode
     shared["measured_costs"] = measured and device.type == "cuda"
+    if flags.optimizer_transport == "auto":
+        timeout = config.parallel.distributed_timeout_minutes * 60
+        shared["reach"] = partial(shared_memory.shared_buffers, timeout=timeout)
     if name == "scion":
         return Muon(params, hidden_settings(flags.scion_radius, **shared), mesh)
     shared["nesterov"] = flags.muon_nesterov
+    shared |= {"scale_mode": flags.muon_scale_mode, "extra_scale_factor": flags.muon_extra_scale_factor}
     if name in _SPHERE:
         settings = SphereSettings(
             radius=flags.sphere_radius,
@@ -93,7 +99,6 @@ def build_matrix(
             **shared,
         )
         return (SpectralSphere if name == "spectral_sphere" else MuonSphere)(params, settings, mesh)
-    shared |= {"scale_mode": flags.muon_scale_mode, "extra_scale_factor": flags.muon_extra_scale_factor}
     if name == "dion":
         dion = DionSettings(rank_fraction=flags.dion_rank_fraction, seed=config.training.seed, **shared)
         if isinstance(mesh, Mesh) and keeps_replicas_apart(config, mesh):

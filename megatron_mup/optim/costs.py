@@ -31,8 +31,14 @@ COSTLY = ("num_ns_steps", "coefficients", "ns_dtype", "cuda_graph", "rank_fracti
 
 
 def cost_file() -> Path:
-    """Where times are kept between runs: ``optimizer_costs.json`` below ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where times are kept between runs: ``optimizer_costs.json`` below ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    A user without a home, as containers have them, keeps them among temporary files.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        base = tempfile.gettempdir()
     return Path(base) / "megatron_mup" / "optimizer_costs.json"
 
 
@@ -50,9 +56,10 @@ def add_costs(path: Path, new: Mapping[str, float]) -> None:
     """Adds times to a file, which is replaced as a whole; where that can't be done, the next run measures again."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({**read_costs(path), **new}, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # nothing stays on a full disk
+            file = Path(folder) / path.name
+            file.write_text(json.dumps({**read_costs(path), **new}, indent=1, sort_keys=True))
+            file.replace(path)
 
 
 def kind_of(optimizer: object, settings: object) -> str:

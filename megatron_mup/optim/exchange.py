@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_mup.optim.blocks import Reach
 from megatron_mup.optim.planner import Assignment, Plan
+from megatron_mup.parallel.shared_memory import MakeBuffer
 from megatron_mup.parametrization.meta import ParamMeta
 
 Bounds = tuple[tuple[int, ...], tuple[int, ...]]
@@ -136,9 +138,13 @@ class Exchange:
         self.device, self._mesh = device, mesh
         self.places = mesh.matrix_places() if mesh is not None else [(0, 0, 0)]
         self.ranks = len(self.places)
-        self.group = mesh.matrix_group if mesh is not None else None
+        self.group = mesh.matrix_group if mesh is not None and self.ranks > 1 else None
         self.rank = dist.get_rank(self.group) if self.ranks > 1 else 0
         self.is_cut = any(place[0] or place[2] for place in self.places)
+
+    def shared_buffers(self, reach: Reach | None) -> MakeBuffer | None:
+        """What makes memory that the ranks share, where all of them are within reach. Collective."""
+        return None if reach is None or self.group is None else reach(self.group, self.device)
 
     def check(self, plan: Plan) -> None:
         """Compares plans over the domain. Collective.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -28,11 +29,11 @@ Watch = Callable[[torch.Tensor, torch.Tensor], None]
 them."""
 
 Image = Callable[[torch.Tensor], torch.Tensor]
-"""What a matrix ``[batch, short, long]`` makes of vectors ``[batch, long]``, in fp32."""
+"""What a matrix ``[batch, m, n]`` makes of vectors ``[batch, n]``, in fp32."""
 
 Correction = Callable[[Image], tuple[torch.Tensor, torch.Tensor]]
-"""Is told what the result makes of vectors, before it is formed and rounded; returns fp32 factors ``[batch, short, k]``
-and ``[batch, k, long]`` of what is to be added to it."""
+"""Is told what makes the result, before that is formed and rounded, of the last iterate that `Watch` was shown; returns
+fp32 factors ``[batch, short, k]`` and ``[batch, k, long]`` of what is to be added to it."""
 
 BLOCKS: dict[str, tuple[int, ...]] = {"jordan": (3, 2), "quintic": (2, 3), "polar_express": (2, 2, 1)}
 """Blocks of a coefficient set's five steps, with X in bf16 and R and Q in fp16; most other numbers go two by two.
@@ -80,6 +81,7 @@ def gram_newton_schulz(
     watch: Watch | None = None,
     correction: Correction | None = None,
     norm: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Newton-Schulz steps on bf16 matrices, in blocks.
 
@@ -93,9 +95,11 @@ def gram_newton_schulz(
         watch: is shown the iterate before each block; the first of them not normalized.
         correction: is part of the last product, so that nothing of it is lost in rounding.
         norm: fp32 ``[batch]``, Frobenius norms of x, if they are known.
+        out: bf16 ``[batch, m, n]``, where the result may be formed. With several blocks it may be x itself, which is
+            read by the first one alone.
 
     Returns:
-        bf16 ``[batch, m, n]``, new memory.
+        bf16 ``[batch, m, n]``, new memory or ``out``.
     """
     tall = x.shape[-2] > x.shape[-1]
     if x.shape[-2] == x.shape[-1]:
@@ -105,46 +109,66 @@ def gram_newton_schulz(
     work = x if tall else x.mT
     if norm is None:
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
-    factor, later = norm.clamp(min=eps).reciprocal(), torch.ones_like(norm)
-    steps, memory = iter(schedule), None
+    factor, n = norm.clamp(min=eps).reciprocal(), work.shape[-1]
+    squared = factor.square()
+    steps, memory, wider = iter(schedule), None, None
     for number, length in enumerate(lengths):
+        last = number == len(lengths) - 1
         form: Form = "rows" if not tall and number == 0 else "columns"
         source = work.mT if form == "rows" else work
-        r = symmetric_product(source, source, form, alpha=_SCALE_R, scale=factor.square(), dtype=torch.float16)
+        r = symmetric_product(source, source, form, alpha=_SCALE_R, scale=squared, dtype=torch.float16)
         if watch is not None:
             watch(work.mT, r)
-        q = _block_product(r, [next(steps) for _ in range(length)], factor)
-        if number < len(lengths) - 1:
-            room = _ROOM if correction is not None and number == len(lengths) - 2 else 0
-            memory = q.new_empty(len(q), work.shape[1], len(q[0]) + room)
-            work, factor = torch.bmm(work, q, out=memory[..., : len(q[0])]), later
+        if last and correction is not None:
+            wider = work.new_empty(
+                len(r), *((len(r[0]) + _ROOM, len(r[0])) if tall else (len(r[0]), len(r[0]) + _ROOM))
+            )
+        into = None if wider is None else wider[:, : len(r[0]), : len(r[0])]
+        q = _block_product(r, [next(steps) for _ in range(length)], factor, into)
+        if last:
+            break
+        room = _ROOM if correction is not None and number == len(lengths) - 2 else 0
+        memory = q.new_empty(len(q), work.shape[1], n + room)
+        work = torch.bmm(work, q, out=memory[..., :n])
+        if number == 0:
+            factor = squared = torch.ones_like(norm)
     if correction is not None:
-        return _corrected(work, q, correction, tall, memory)
-    return torch.bmm(work, q) if tall else torch.bmm(q, work.mT)
+        return _corrected(work, q, correction, tall, memory, wider)
+    into = None if memory is None else out
+    return torch.bmm(work, q, out=into) if tall else torch.bmm(q, work.mT, out=into)
 
 
 def _corrected(
-    work: torch.Tensor, q: torch.Tensor, correction: Correction, tall: bool, memory: torch.Tensor | None
+    work: torch.Tensor,
+    q: torch.Tensor,
+    correction: Correction,
+    tall: bool,
+    memory: torch.Tensor | None,
+    wider: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``X Q``, transposed unless tall, and what is added to it, in one product. X may lie in memory with room."""
-    left, right = split_factors(*correction(lambda v: image(q, image(work.mT, v))), q.dtype, 64)
-    begin, end = q.shape[-1], q.shape[-1] + right.shape[-2]
-    if memory is None or memory.shape[-1] < end:
-        joined = torch.cat([work, right.mT], -1)
-    else:
-        memory[..., begin:end].copy_(right.mT)
-        joined = memory[..., :end]
+    """``X Q``, transposed unless tall, and what is added to it, in one product. X and Q may lie in memory with room."""
+    left, right = split_factors(*correction(partial(image, q)), q.dtype, 64)
+    joined = _beside(work, right.mT, -1, memory)
     if tall:
-        return torch.bmm(joined, torch.cat([q, left.mT], -2))
-    return torch.bmm(torch.cat([q, left], -1), joined.mT)
+        return torch.bmm(joined, _beside(q, left.mT, -2, wider))
+    return torch.bmm(_beside(q, left, -1, wider), joined.mT)
 
 
-def _block_product(r: torch.Tensor, steps: list[Step], factor: torch.Tensor) -> torch.Tensor:
+def _beside(x: torch.Tensor, more: torch.Tensor, dim: int, memory: torch.Tensor | None) -> torch.Tensor:
+    """Joined; without copying x where it begins a memory that has room."""
+    begin, count = x.shape[dim], more.shape[dim]
+    if memory is None or memory.shape[dim] < begin + count:
+        return torch.cat([x, more], dim)
+    memory.narrow(dim, begin, count).copy_(more)
+    return memory.narrow(dim, 0, begin + count)
+
+
+def _block_product(r: torch.Tensor, steps: list[Step], factor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """``factor`` times the product Q of a block's polynomials, in bf16, from R in fp16 times ``_SCALE_R``."""
     q, q_scale, largest = r, 1.0, 1.0
     for i, (a, b, c) in enumerate(steps):
         first, last = i == 0, i == len(steps) - 1
-        final = {"scale": factor, "dtype": torch.bfloat16}
+        final = {"scale": factor, "dtype": torch.bfloat16, "out": out}
         p_scale = 1.0 if first and last else _SCALE_P
         p = symmetric_product(
             r,
@@ -178,7 +202,11 @@ def _product_scale(first: bool, last: bool, largest: float) -> float:
 
 @torch.no_grad()
 def gram_squarings(
-    x: torch.Tensor, schedule: Coefficients, eps: float, norm: torch.Tensor | None = None
+    x: torch.Tensor,
+    schedule: Coefficients,
+    eps: float,
+    norm: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Newton-Schulz steps by squarings on bf16 matrices.
 
@@ -190,9 +218,10 @@ def gram_squarings(
         schedule: coefficients of each step.
         eps: smallest norm to divide by.
         norm: fp32 ``[batch]``, Frobenius norms of x, if they are known.
+        out: bf16 ``[batch, m, n]``, where the result goes, if not to new memory; it may be x itself.
 
     Returns:
-        bf16 ``[batch, m, n]``, new memory.
+        bf16 ``[batch, m, n]``, new memory or ``out``.
     """
     tall = x.shape[-2] >= x.shape[-1]
     if norm is None:
@@ -207,7 +236,7 @@ def gram_squarings(
         q = _squared(r, step)
         last = number == len(schedule) - 1
         work = torch.bmm(q, work.mT) if last and not tall else torch.bmm(work, q)
-    return multiplied(work, torch.full_like(norm, 1 / _SCALE_X), torch.bfloat16)
+    return multiplied(work, torch.full_like(norm, 1 / _SCALE_X), torch.bfloat16, out)
 
 
 def _squared(r: torch.Tensor, step: Step) -> torch.Tensor:

@@ -87,6 +87,11 @@ class GramMuon(Muon[MuonSettings]):
         self.plan = self._whole_plan(mesh)
         Exchange(mesh, mesh.device).check(self.plan)
 
+    @property
+    def transport(self) -> str | None:
+        """Of those that do have a home."""
+        return self._others.transport
+
     @staticmethod
     def _fits(meta: ParamMeta, settings: MuonSettings, mesh: Mesh) -> bool:
         dim = cut_dimension(meta, mesh)
@@ -119,9 +124,9 @@ class GramMuon(Muon[MuonSettings]):
         rows: list[list[int]] = [[] for _ in range(self._matrices(name))]
         parcel = Parcel(name, layout.offsets, layout.local_shape, 0)
         for place in range(len(self._blocks[name])):
-            for run in cut_runs(self._runs(name, place), parcel):
+            for run in cut_runs(self._placing.runs(name, place), parcel):
                 start = run.start - layout.offsets[0]
-                rows[run.matrix - self._first[name]] += range(start, start + run.count)
+                rows[run.matrix - self._placing.first[name]] += range(start, start + run.count)
         return [torch.tensor(own, dtype=torch.int64, device=param.value.device) for own in rows]
 
     @torch.no_grad()
@@ -159,8 +164,8 @@ class GramMuon(Muon[MuonSettings]):
             parcel = Parcel(name, layout.offsets, layout.local_shape, place)
             place += parcel.numel
             for block in range(len(self._blocks[name])):
-                pieces += pieces_of_parcel(tensor[name], self._runs(name, block), parcel)
-        return self._as_pieces(pieces)
+                pieces += pieces_of_parcel(tensor[name], self._placing.runs(name, block), parcel)
+        return self._placing.as_pieces(pieces)
 
     def _take(self, name: str, update: torch.Tensor) -> list[torch.Tensor]:
         """This rank's part of each logical matrix, fp32, ``[short side, what is here of the long side]``."""

@@ -16,28 +16,19 @@ import torch
 from megatron_mup.kernels.late import compiled_ahead
 from megatron_mup.kernels.shards import (
     Momentum,
-    Piece,
     Pieces,
     Shards,
     advance,
     apply,
     can_replay,
-    is_unaligned,
     joined_norms,
     move,
 )
 from megatron_mup.kernels.symmetric import beside_messages
 from megatron_mup.optim.batches import (
     Batch,
-    Run,
-    arriving_pieces,
     lanes_of,
-    make_batches,
     matrices_at_once,
-    pieces_of_parcel,
-    pieces_of_runs,
-    runs_of_block,
-    turned,
 )
 from megatron_mup.optim.blocks import MatrixSettings, block_shape, logical_blocks, take_block
 from megatron_mup.optim.chunks import Buffers, Chunk
@@ -47,8 +38,10 @@ from megatron_mup.optim.exchange import Exchange, MatrixRanks
 from megatron_mup.optim.experts import ExpertPart, ExpertRanks
 from megatron_mup.optim.graphs import Lanes, Replays, Work
 from megatron_mup.optim.main_params import MainParam
+from megatron_mup.optim.near import HomeMemory, NearChunk
 from megatron_mup.optim.newton_schulz import orthonormalize
-from megatron_mup.optim.planner import Assignment, make_plan, newton_schulz_cost
+from megatron_mup.optim.placing import Placing
+from megatron_mup.optim.planner import make_plan, newton_schulz_cost
 from megatron_mup.optim.whole import Kept, Norms, Whole, example
 from megatron_mup.parallel.layout import Layout
 from megatron_mup.parametrization.meta import ParamMeta
@@ -62,10 +55,11 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
 
     Each matrix has a home rank (`optim.planner`). Momentum lives on the shard, and in one replica only: the one that
     the home is in. A step advances it and sends shards of the update (and, if the rule asks, of the weight) home,
-    where :meth:`compute` sees whole logical blocks; what it returns travels back, in Newton-Schulz's precision
-    (`optim.exchange`), and the shards change by :meth:`factors` of it. So no layout changes the result.
+    where :meth:`compute` sees whole logical blocks; what it returns travels back, in Newton-Schulz's precision, and the
+    shards change by :meth:`factors` of it. Ranks that reach each other's memory write and read there (`optim.near`),
+    others send messages (`optim.exchange`). So no layout changes the result.
 
-    On a GPU all of it but the exchange is replayed from CUDA graphs (`optim.graphs`). What a graph reads and writes
+    On a GPU all of it but the messages is replayed from CUDA graphs (`optim.graphs`). What a graph reads and writes
     stays where it is: momenta, states, buffers; gradients and weights are found by tables of addresses.
 
     Args:
@@ -97,6 +91,8 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         self._ranges = {param.meta.name: self._number(param.meta) for param, _ in params}
         device = params[0][0].value.device if params else torch.device("cpu")
         self._exchange = Exchange(mesh, device)
+        make = self._exchange.shared_buffers(settings.reach)
+        self._by_messages = make is None and self._exchange.ranks > 1
         metas = [param.meta for param, _ in params]
         homes = [mesh.homes(meta) for meta in metas] if isinstance(mesh, ExpertRanks) else None
         costs, ranks = [self.cost(meta) for meta in metas], self._exchange.ranks
@@ -105,7 +101,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         if self._replayed:
             self._compile(metas)
         times = self._measured(metas) if settings.measured_costs and ranks > 1 else None
-        self.plan = make_plan(metas, costs, ranks, homes, mode, times)
+        self.plan = make_plan(metas, costs, ranks, homes, mode, times, near=make is not None)
         self._exchange.check(self.plan)
         self._momentum = {
             a.meta.name: torch.zeros_like(self._params[a.meta.name][0].value)
@@ -117,24 +113,45 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
             for a in self.plan.assignments
             if a.home == self._exchange.rank
         }
-        self._first: dict[str, int] = {}
-        end = 0
-        for assignment in self.plan.assignments:
-            self._first[assignment.meta.name], end = end, end + self._matrices(assignment.meta.name)
+        tensors = [param for param, _ in params]
+        placing = Placing(tensors, self._blocks, self._ranges, self.plan, self._exchange, self._at_once)
+        self._placing = placing
         self._rates = self.for_all(lambda param, scaling: [scaling.lr] * self._matrices(param.meta.name))
-        self._factor, self._numbers = torch.zeros((), device=device), torch.zeros(end, self.numbers, device=device)
+        self._factor = torch.zeros((), device=device)
+        self._numbers = torch.zeros(placing.matrices, self.numbers, device=device)
         self._grads, self._values = (Shards(len(params), device) for _ in range(2))
         self._momenta = self._shards_of_momenta(device)
         self._style = Momentum(settings.momentum, settings.momentum_style == "ema", settings.nesterov)
         if self.home_momentum:
             self._style = Momentum(1.0, ema=False, nesterov=False)
-        self._chunks = [self._prepare(chunk) for chunk in self.plan.chunks]
-        self._buffers: list[Buffers] = []
-        if self._chunks and ranks > 1:
-            weights = params[0][0].value.dtype if self.weight_travels else None
-            self._buffers = [Buffers(self._chunks, settings.ns_dtype, weights, device) for _ in range(2)]
+        self._chunks: list[Chunk] = []
+        self._near_chunks: list[NearChunk] = []
+        weights = params[0][0].value.dtype if self.weight_travels and params else None
+        if make is None:
+            self._chunks = [placing.chunk(chunk) for chunk in self.plan.chunks]
+            if self._chunks and ranks > 1:
+                self._buffers = [Buffers(self._chunks, settings.ns_dtype, weights, device) for _ in range(2)]
+        elif self.plan.chunks:
+            self._near_chunks = [placing.near_chunk(chunk) for chunk in self.plan.chunks]
+            self._memory = HomeMemory(
+                make,
+                self._exchange.rank,
+                ranks,
+                max(chunk.longest for chunk in self._near_chunks),
+                settings.ns_dtype,
+                weights if self._exchange.is_cut else None,
+                (placing.matrices, self.numbers),
+                len(self._near_chunks),
+            )
         self._replays = Replays(device, self._replayed)
         self._lanes = Lanes(device, lanes_of(ranks))
+
+    @property
+    def transport(self) -> str | None:
+        """What brings matrices to their homes and results back, in words; None for a rank alone."""
+        if self._exchange.ranks == 1:
+            return None
+        return "collectives" if self._by_messages else "loads and stores in each other's memory"
 
     def _shards_of_momenta(self, device: torch.device) -> Shards | None:
         """The momenta, on shards or at home, in the order of parameters; nothing for those that are kept elsewhere."""
@@ -215,7 +232,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         return lambda: self._computed(whole) and None
 
     def _computed(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with beside_messages(self._exchange.ranks > 1):
+        with beside_messages(self._by_messages):
             return self.compute(whole)
 
     def _kept_shape(self, kept: Kept, shape: tuple[int, int]) -> tuple[int, ...]:
@@ -251,7 +268,9 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
     def orthonormal(self, whole: Whole) -> torch.Tensor:
         """The update's orthonormal factor by Newton-Schulz with these settings, ``[batch, out, in]``."""
         own = self.settings
-        return orthonormalize(whole.update, own.num_ns_steps, own.coefficients, own.ns_dtype, norm=whole.norms[0])
+        return orthonormalize(
+            whole.update, own.num_ns_steps, own.coefficients, own.ns_dtype, norm=whole.norms[0], out=whole.room
+        )
 
     def per_matrix(self, meta: ParamMeta, value: Callable[[int, int], float]) -> list[float]:
         """A function of ``[out, in]`` for each logical matrix."""
@@ -263,68 +282,9 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         found = [values(*self._params[a.meta.name]) for a in self.plan.assignments]
         return torch.tensor([number for numbers in found for number in numbers], device=self._exchange.device)
 
-    def _prepare(self, chunk: Sequence[Assignment]) -> Chunk:
-        """What there is to do for a chunk, here and between ranks."""
-        exchange = self._exchange
-        tensor = {name: number for number, name in enumerate(self._params)}
-        batches = self._make_batches([a.meta.name for a in chunk if a.home == exchange.rank])
-        runs: dict[str, list[Run]] = {}
-        packing = []
-        for number, batch in enumerate(batches):
-            pieces, row = [], 0
-            for name, place in batch.places:
-                found = [replace(run, batch=number, row=row + run.row) for run in self._runs(name, place)]
-                runs.setdefault(name, []).extend(found)
-                pieces += pieces_of_runs(tensor[name], found, batch.shape[1])
-                row += len(self._ranges[name][place]) * batch.shape[0]
-            packing.append(self._as_pieces(pieces))
-        start = self._first[chunk[0].meta.name]
-        matrices = slice(start, start + sum(self._matrices(a.meta.name) for a in chunk))
-        homeward, back = exchange.to_homes(chunk), exchange.from_homes(chunk)
-        shards = [Piece(tensor[p.name], 0, p.place, p.numel, 0) for p in homeward.sent.parcels]
-        results = [
-            piece
-            for parcel in back.got.parcels
-            for place in range(len(self._blocks[parcel.name]))
-            for piece in pieces_of_parcel(tensor[parcel.name], self._runs(parcel.name, place), parcel)
-        ]
-        kept, unpacking, repacking = list[Pieces](), list[Pieces](), list[Pieces]()
-        for number, batch in enumerate(batches if exchange.ranks > 1 else []):
-            way = partial(arriving_pieces, number, batch.shape[1], runs)
-            here = [
-                replace(p, tensor=tensor[own.name], start=p.start - own.place)
-                for own in back.kept.parcels
-                for p in way([own])
-            ]
-            kept.append(self._as_pieces(here))
-            unpacking.append(Pieces(way(homeward.got.parcels), exchange.device))
-            repacking.append(Pieces(turned(way(back.sent.parcels)), exchange.device))
-        ends = self._as_pieces(shards), self._as_pieces(results)
-        return Chunk(matrices, batches, packing, kept, unpacking, repacking, homeward, back, *ends)
-
-    def _as_pieces(self, pieces: Sequence[Piece]) -> Pieces:
-        """Pieces of these parameters."""
-        values = enumerate(param.value for param, _ in self._params.values())
-        return Pieces(pieces, self._exchange.device, {number for number, value in values if is_unaligned(value)})
-
-    def _make_batches(self, names: Sequence[str]) -> list[Batch]:
-        """Groups of the logical matrices of tensors whose home is here."""
-        places = [(name, place) for name in names for place in range(len(self._blocks[name]))]
-        shapes = {(n, i): block_shape(self._params[n][0].meta, self._blocks[n][i]) for n, i in places}
-        counts, totals = {(n, i): len(self._ranges[n][i]) for n, i in places}, Counter[tuple[int, int]]()
-        for place, shape in shapes.items():
-            totals[shape] += counts[place]
-        return make_batches(shapes, counts, {shape: self._at_once(shape, count) for shape, count in totals.items()})
-
     def _at_once(self, shape: tuple[int, int], *count: int) -> int:
         size, exchange = self.settings.ns_dtype.itemsize * math.prod(shape), self._exchange
-        return matrices_at_once(size, exchange.device, lanes_of(exchange.ranks), *count)
-
-    def _runs(self, name: str, place: int) -> list[Run]:
-        """Rows of a block, with the numbers of its matrices among all."""
-        own, first = self._ranges[name][place], self._first[name]
-        rows = self._params[name][0].meta.shape[0]
-        return runs_of_block(self._blocks[name][place], rows, range(first + own.start, first + own.stop))
+        return matrices_at_once(size, exchange.device, lanes_of(exchange.ranks) if self._by_messages else 1, *count)
 
     @torch.no_grad()
     def step(self, factor: float, meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -338,11 +298,12 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         self._grads.set_copies(gradients(params))
         self._values.set([param.value for param in params])
         self._factor.fill_(factor)
-        if self._exchange.ranks == 1:
-            self._replays(("step", self._grads.dtype), self._alone)
-            meanwhile()
-        else:
+        if self._by_messages:
             self._together(meanwhile)
+        else:
+            work = self._near if self._near_chunks else self._alone
+            self._replays(("step", self._grads.dtype), work)
+            meanwhile()
         self._grads.forget()
 
     def _alone(self) -> None:
@@ -354,6 +315,48 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         batch, pieces = chunk.batches[number], chunk.packing[number]
         result = self._at_home(batch, pieces, *self._pack_whole(batch, pieces))
         apply(self._values, result.view(-1), pieces, *self._factors())
+
+    def _near(self) -> None:
+        """A step among ranks that reach each other's memory."""
+        self._memory.barrier()  # all have read the results of the step before
+        for number, chunk in enumerate(self._near_chunks):
+            areas = self._memory.areas(number)
+            if self._exchange.is_cut:
+                momenta = None if self.home_momentum else self._momenta
+                advance(self._grads, momenta, areas, chunk.outward, self._style)
+                if self.weight_travels:
+                    advance(self._values, None, self._memory.weights, chunk.outward, self._style)
+                self._memory.barrier()
+            self._numbers[chunk.matrices].zero_()
+            for place in range(len(chunk.batches)):
+                self._near_batch(number, place)
+            self._memory.say(self._numbers, chunk.matrices)
+            self._memory.barrier()
+            self._memory.hear(self._numbers, chunk.matrices)
+            apply(self._values, areas, chunk.back, *self._factors())
+
+    def _near_batch(self, number: int, place: int) -> None:
+        """The arithmetic of a batch at home here; its result takes the place of the update."""
+        chunk, own = self._near_chunks[number], self._exchange.rank
+        batch, pieces, begin = chunk.batches[place], chunk.packing[place], chunk.begins[place]
+        here = self._memory.areas(number).tensors[own][begin : begin + batch.numel].view(-1, *batch.shape)
+        if self._exchange.is_cut:
+            weight = None
+            if self.weight_travels:
+                weight = self._memory.weights.tensors[own][begin : begin + batch.numel].view(here.shape)
+            if self.home_momentum:
+                self._feed_momenta(pieces, here)
+            result = self._at_home(batch, pieces, here, weight, (None, None), here)
+        else:
+            result = self._at_home(batch, pieces, *self._pack_whole(batch, pieces), here)
+        if result.data_ptr() != here.data_ptr():
+            here.copy_(result.view(here.shape))
+
+    def _feed_momenta(self, pieces: Pieces, update: torch.Tensor) -> None:
+        """Adds gradients to momenta that are kept at home, which take the gradients' place."""
+        assert self._momenta is not None
+        self._change_momenta(pieces, update, 1.0)
+        advance(self._momenta, None, update.view(-1), pieces, self._style)
 
     def _together(self, meanwhile: Callable[[], None]) -> None:
         """A step with others.
@@ -416,9 +419,7 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         if self._exchange.is_cut:
             update, weight, norms = self._unpack(chunk, number, buffers)
             if self.home_momentum:
-                self._change_momenta(pieces, update, 1.0)
-                assert self._momenta is not None
-                advance(self._momenta, None, update.view(-1), pieces, self._style)
+                self._feed_momenta(pieces, update)
                 norms = (None, None)
         else:
             update, weight, norms = self._pack_whole(batch, pieces)
@@ -479,15 +480,21 @@ class MatrixOptimizer(ABC, Generic[SettingsT]):
         return update.view(-1, *batch.shape), weight, (norm, weight_norm)
 
     def _at_home(
-        self, batch: Batch, pieces: Pieces, update: torch.Tensor, weight: torch.Tensor | None, norms: Norms
+        self,
+        batch: Batch,
+        pieces: Pieces,
+        update: torch.Tensor,
+        weight: torch.Tensor | None,
+        norms: Norms,
+        room: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The result of a batch in the precision that travels, on a rank alone too; numbers and states are kept."""
         kinds = [kind for kind in self.home_state if kind != self.home_momentum]
         kept = {kind: torch.cat([self._kept_part(*p, kind) for p in batch.places]) for kind in kinds}
-        result, said = self._computed(Whole(update, weight, kept, partial(self._change_momenta, pieces), norms))
+        result, said = self._computed(Whole(update, weight, kept, partial(self._change_momenta, pieces), norms, room))
         end = 0
         for name, place in batch.places:
-            own, first = self._ranges[name][place], self._first[name]
+            own, first = self._ranges[name][place], self._placing.first[name]
             mine, end = slice(end, end + len(own)), end + len(own)
             if said is not None:
                 self._numbers[first + own.start : first + own.stop] = said[mine]

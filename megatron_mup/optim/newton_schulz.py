@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -66,7 +65,7 @@ def orthonormalize_plain(
             poly, a = polynomial(gram, step)
             work = torch.baddbmm(work, poly, work, beta=a)
         if correction is not None:
-            work = torch.baddbmm(work, *correction(partial(image, work))).to(dtype)
+            work = torch.baddbmm(work, *correction(lambda x: image(poly, x) + a * x)).to(dtype)
     if tall:
         work = work.mT
     return work.reshape(x.shape).to(dtype).contiguous()
@@ -92,6 +91,7 @@ def orthonormalize(
     watch: Watch | None = None,
     correction: Correction | None = None,
     norm: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Approximates U V^T for each matrix U S V^T of a batch.
 
@@ -108,9 +108,10 @@ def orthonormalize(
         watch: is shown the iterate before each step; where Gram space skips iterates, before each block of steps.
         correction: is added to the result before that is rounded.
         norm: fp32 ``[batch]``, Frobenius norms of x, if they are known.
+        out: where the result may be formed, like x; it may be x itself, which isn't left as it is then.
 
     Returns:
-        ``[..., m, n]`` in ``dtype``, new memory.
+        ``[..., m, n]`` in ``dtype``, new memory or ``out``.
     """
     work = x.reshape(-1, *x.shape[-2:])
     schedule = coefficient_schedule(coefficients, steps)
@@ -121,8 +122,8 @@ def orthonormalize(
         halves = work.to(dtype).contiguous()
         if kernel_takes(halves):
             if squares:
-                return gram_squarings(halves, schedule, eps, norm).view(x.shape)
+                return gram_squarings(halves, schedule, eps, norm, out).view(x.shape)
             square = x.shape[-2] == x.shape[-1] and watch is None
             lengths = block_lengths(coefficients, steps, square)
-            return gram_newton_schulz(halves, schedule, lengths, eps, watch, correction, norm).view(x.shape)
+            return gram_newton_schulz(halves, schedule, lengths, eps, watch, correction, norm, out).view(x.shape)
     return orthonormalize_plain(x, steps, coefficients, dtype, eps, watch, correction, norm)

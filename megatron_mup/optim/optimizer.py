@@ -125,8 +125,6 @@ class Optimizer:
             return False
         state = self.state_tensors() if config.optimizer.optimizer_switch_carry_state else {}
         steps, self._later = self._scalar.steps_done, None
-        # Frees what isn't carried before anything new is allocated.
-        del self._matrix, self._experts, self._scalar, self._tables
         self._build(config)
         if state:
             carry_state(state, self.state_tensors(), self._matrix.settings)
@@ -135,6 +133,8 @@ class Optimizer:
 
     def _build(self, config: Config) -> None:
         mesh, self._phase = self._mesh, config
+        for old in ("_matrix", "_experts", "_scalar", "_tables"):
+            vars(self).pop(old, None)  # frees what isn't carried before anything new is allocated
         self._rows: list[RoutingRow] = []
         claimed: dict[str, list[tuple[MainParam, Scaling]]] = {name: [] for name in RULES}
         for param in self._params:
@@ -189,6 +189,10 @@ class Optimizer:
     def expert_plan(self) -> Plan | None:
         """The same of experts, in runs that have homes of their own; None in a model without."""
         return None if self._experts is None else self._experts.plan
+
+    def transport(self) -> str | None:
+        """What moves hidden matrices between ranks, in words; None where none are moved."""
+        return self._matrix.transport if self._matrix.plan.chunks else None
 
     def plan(self) -> str:
         """Which rank orthonormalizes which matrix of this stage, as a table (``--print-optimizer-plan``)."""

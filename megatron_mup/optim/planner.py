@@ -14,7 +14,10 @@ from megatron_mup.parametrization.meta import Block, ParamMeta
 
 CHUNK_ELEMENTS = 1 << 27
 """Elements that one rank exchanges at once; the exchange of a chunk runs beside the arithmetic of another. Enough for a
-GPU to be busy with (`matrix.BATCH_BYTES`)."""
+GPU to be busy with (`batches.BATCH_BYTES`)."""
+
+NEAR_CHUNKS = 2
+"""How many times as large chunks are where nothing is exchanged beside the arithmetic (`optim.near`)."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def make_plan(
     homes: Sequence[Sequence[int]] | None = None,
     mode: str = "owner",
     times: Sequence[float] | None = None,
+    near: bool = False,
 ) -> Plan:
     """Deals matrices out over the ranks of a domain, longest processing time first, over all shapes together.
 
@@ -108,6 +112,7 @@ def make_plan(
         homes: ranks that each may go to; None: any.
         mode: see `Assignment`.
         times: milliseconds of each, to be balanced in the place of costs, if they are known.
+        near: whether the ranks reach each other's memory.
     """
     weights = costs if times is None else times
     order = sorted(range(len(metas)), key=lambda i: (-weights[i], metas[i].name))
@@ -119,7 +124,8 @@ def make_plan(
         time = None if times is None else times[index]
         dealt[home].append(Assignment(metas[index], home, costs[index], mode, time))
     # A rank alone exchanges nothing and needs no chunks.
-    number = 1 if ranks == 1 else max(1, round(sum(m.numel for m in metas) / ranks / CHUNK_ELEMENTS))
+    size = CHUNK_ELEMENTS * (NEAR_CHUNKS if near else 1)
+    number = 1 if ranks == 1 else max(1, round(sum(m.numel for m in metas) / ranks / size))
     chunks: list[list[Assignment]] = [[] for _ in range(number)]
     for mine in dealt:
         done, total = 0.0, sum(a.weight for a in mine)
@@ -140,7 +146,9 @@ def describe(plan: Plan, element_size: int) -> str:
         Lines. Bytes are those of the whole matrix, one way; FLOPs those of one step by dense products; milliseconds
         those that were measured, where they were.
     """
-    width, times = max((len(a.meta.name) for a in plan.assignments), default=6), plan.times()
+    if not plan.assignments:
+        return "no hidden matrices to orthonormalize"
+    width, times = max(len(a.meta.name) for a in plan.assignments), plan.times()
     head = f"{'matrix':{width}}  {'shape':>13}  {'mode':>7}  chunk  home  {'MB':>8}  {'GFLOP':>10}"
     lines = [head if times is None else f"{head}  {'ms':>8}"]
     for number, chunk in enumerate(plan.chunks):
@@ -164,5 +172,4 @@ def describe(plan: Plan, element_size: int) -> str:
 
 
 def _balance(loads: Sequence[float]) -> str:
-    mean = sum(loads) / len(loads)
-    return f"{max(loads) / mean:.3f} times the mean" if mean else "idle"
+    return f"{max(loads) * len(loads) / sum(loads):.3f} times the mean"

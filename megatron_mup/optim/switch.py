@@ -8,8 +8,16 @@ import torch
 
 from megatron_mup.optim.blocks import MatrixSettings
 from megatron_mup.optim.main_params import MainParam
+from megatron_mup.parametrization.meta import Role
 
 State = Mapping[str, tuple[MainParam, torch.Tensor]]
+
+
+def _rows_of(part: MainParam, holder: MainParam) -> slice:
+    """Where the rows of a state are in another one: of a tensor of experts the next optimizer may hold a part."""
+    length, cpu = part.layout.local_shape[0], torch.device("cpu")
+    first = (holder.layout.rows(cpu) == part.layout.rows(cpu)[0]).nonzero().item() if length else 0
+    return slice(int(first), int(first) + length)
 
 
 @torch.no_grad()
@@ -31,8 +39,7 @@ def carry_state(old: State, new: State, settings: MatrixSettings) -> None:
         if found is None:
             continue
         holder, source = found
-        # Of a tensor of experts the next optimizer may hold a part.
-        first = param.layout.offsets[0] - holder.layout.offsets[0]
-        value.copy_(source[first : first + len(value)])
-        if kind == "momentum" and settings.momentum_style == "sum" and param.meta.role.is_orthonormalized:
+        value.copy_(source[_rows_of(param, holder)])
+        is_matrix = param.meta.role.is_orthonormalized or param.meta.role is Role.ROUTER
+        if kind == "momentum" and settings.momentum_style == "sum" and is_matrix:
             value.div_(1 - settings.momentum)

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mup.optim.coefficients import Coefficients, coefficient_schedule, polynomial
+from megatron_mup.kernels.rank_one import shifted_polynomial
+from megatron_mup.optim.coefficients import Coefficients, coefficient_schedule
 from megatron_mup.optim.gram import Image
 from megatron_mup.optim.newton_schulz import full_fp32_products, orthonormalize
-from megatron_mup.optim.thin import add_product_, image, padded, thin_product
+from megatron_mup.optim.thin import add_product_, image, thin_product, unit
 
 POWERS = 2
 """Powers of ``X_k X_k^T`` that enter the basis, for each iterate."""
@@ -26,6 +27,7 @@ INTERVALS = 32
 however many problems they solve at once."""
 
 _TINY = 1e-30
+_PARTS = 8
 _SMALLEST_NORM = 1e-7
 """As in `orthonormalize`."""
 
@@ -35,48 +37,52 @@ def times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return (matrix @ vector[..., None])[..., 0]
 
 
-def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left[..., :, None] * right[..., None, :]
-
-
 class _Directions:
-    """Collects ``u, X_k v, X_k X_k^T u, X_k X_k^T X_k v, ...`` while Newton-Schulz runs."""
+    """Collects ``u, X_k v, X_k X_k^T u, X_k X_k^T X_k v, ...`` while Newton-Schulz runs.
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        self._left, self._right = left[..., None], right[..., None]
-        self._columns = [self._left]
+    Args:
+        left, right: u and v.
+        image: ``X_0 v``, but for a factor, if it is known and there are more iterates.
+    """
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, image: torch.Tensor | None) -> None:
+        self._left, self._right, self._known = left[:, None], right, image
+        self._rows = [self._left]
 
     def __call__(self, iterate: torch.Tensor, gram: torch.Tensor) -> None:
-        """Takes what an iterate ``[batch, m, n]`` makes of u and v; in half precision where it is, for directions may
-        be rough."""
-        image = (iterate @ padded([self._right.to(iterate.dtype)], -1))[..., :1].float()
-        self._columns.append(_unit_columns(image))
-        block = torch.cat([self._left, self._columns[-1]], -1)
+        """Takes what an iterate ``[batch, m, n]`` makes of v, and its Gram matrix of both."""
+        known, self._known = self._known, None
+        self.image = image(iterate, self._right) if known is None else known
+        block = torch.cat([self._left, unit(self.image)[:, None]], 1)
+        self._rows.append(block[:, 1:])
         for _ in range(POWERS):
-            block = _unit_columns((gram @ padded([block.to(gram.dtype)], -1))[..., :2].float())
-            self._columns.append(block)
+            # Norms of what lies in one piece take a fourth of the time.
+            block = unit(thin_product(gram, block.mT).mT.contiguous())
+            self._rows.append(block)
 
     def basis(self) -> torch.Tensor:
-        """Orthonormal basis ``[batch, m, s]`` of the columns in fp64, by Cholesky twice.
+        """Orthonormal rows ``[batch, s, m]`` that span the directions, in fp64, by Cholesky twice.
 
-        The ridge lets columns that depend on others come out as (nearly) zero the first time, and lifts what rounding
+        The ridge lets rows that depend on others come out as (nearly) zero the first time, and lifts what rounding
         leaves of them to noise of length at most 1 the second time: one direction more, which does no harm.
         """
-        columns = torch.cat([part.double() for part in self._columns], -1)
-        batch, rows, count = columns.shape
-        if count >= rows:
-            return torch.eye(rows, dtype=columns.dtype, device=columns.device).repeat(batch, 1, 1)
-        columns = _unit_columns(columns)
-        ridge = 1e-10 * torch.eye(count, dtype=columns.dtype, device=columns.device)
+        rows = unit(torch.cat(self._rows, 1).double())
+        batch, count, size = rows.shape
+        if count >= size:
+            return torch.eye(size, dtype=rows.dtype, device=rows.device).repeat(batch, 1, 1)
+        ridge = 1e-10 * torch.eye(count, dtype=rows.dtype, device=rows.device)
         for _ in range(2):
             # _ex: without its check, which waits for the device. With the ridge nothing fails but NaNs.
-            factor = torch.linalg.cholesky_ex(columns.mT @ columns + ridge).L
-            columns = torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
-        return columns
+            factor = torch.linalg.cholesky_ex(rows @ rows.mT + ridge).L
+            rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+        return rows
 
 
-def _unit_columns(x: torch.Tensor) -> torch.Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp(min=_TINY)
+def _inner_products(columns: torch.Tensor) -> torch.Tensor:
+    """``x^T x`` for ``[batch, m, s]``; in parts, where they come out even, for a single one would keep a GPU idle."""
+    parts = _PARTS if columns.shape[1] % _PARTS == 0 else 1
+    cut = columns.unflatten(1, (parts, -1)).flatten(0, 1)
+    return (cut.mT @ cut).unflatten(0, (-1, parts)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -106,28 +112,16 @@ class _Compressed:
         Returns:
             ``[batch, count, s, s]`` and ``[batch, count]``.
         """
-        axis = self.axis[:, None]
-        image = self.image[:, None] + shift[..., None] * axis
-        half = _outer(self.image[:, None] + 0.5 * shift[..., None] * axis, axis) * shift[..., None, None]
-        gram = self.gram[:, None] + half + half.mT
-        square = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0) + self.unseen[:, None]
-        scale = square.sqrt().clamp(min=_SMALLEST_NORM).reciprocal()[..., None, None]
-        r = (gram * scale.square()).flatten(0, 1)
-        q: torch.Tensor | None = None
-        for number, step in enumerate(self.schedule):
-            p, a = polynomial(r, step)
-            p.diagonal(dim1=-2, dim2=-1).add_(a)
-            q = p if q is None else p @ q
-            if number + 1 < len(self.schedule):
-                r = p @ r @ p
-        assert q is not None
-        q = q.view(gram.shape) * scale
-        return q, (times(q, image) * axis).sum(-1)
+        return shifted_polynomial(self.gram, self.image, self.axis, self.unseen, shift, self.schedule, _SMALLEST_NORM)
 
-    def search(
-        self, offset: torch.Tensor, reach: torch.Tensor, rounds: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Root d in [-reach, reach] of ``h(d) + offset``.
+    def reach(self) -> torch.Tensor:
+        """Half of a bracket, ``[batch]``: the norms of Z v and of ``u^T Z``, for u and Z v are in the basis."""
+        back = (times(self.gram, self.axis) * self.axis).sum(-1).clamp(min=0).sqrt()
+        # msign is not exact: a little room.
+        return 1.01 * (torch.linalg.vector_norm(self.image, dim=-1) + back) + 1e-6
+
+    def search(self, offset: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Root d in the bracket of ``h(d) + offset``.
 
         Each round evaluates the ends of `INTERVALS` even intervals and keeps the one where the sign changes. Between
         the last two ends msign is taken as linear: at a jump of h (M of low rank) the steepest tangent direction *is* a
@@ -137,16 +131,18 @@ class _Compressed:
             Q and d u at the root, such that msign is ``Q Z + Q (d u) v^T``: ``[batch, s, s]`` and, with Q applied,
             ``[batch, s]``; d, ``[batch]``.
         """
-        low, high = -reach, reach
-        steps = torch.linspace(0, 1, INTERVALS + 1, dtype=reach.dtype, device=reach.device)
+        high = self.reach()
+        low = -high
+        steps = torch.linspace(0, 1, INTERVALS + 1, dtype=high.dtype, device=high.device)
+        both = torch.arange(2, device=high.device)
         for _ in range(rounds):
-            shift = low[:, None] + (high - low)[:, None] * steps
+            shift = torch.lerp(low[:, None], high[:, None], steps)
             q, h = self.polynomial(shift)
-            h = h + offset[:, None]
             # h grows with d, up to rounding.
-            interval = ((h < 0).sum(-1) - 1).clamp(0, INTERVALS - 1)
-            low, high = _pick(shift, interval), _pick(shift, interval + 1)
-        at_low, at_high = _pick(h, interval), _pick(h, interval + 1)
+            interval = ((h < -offset[:, None]).sum(-1) - 1).clamp(0, INTERVALS - 1)
+            ends = interval[:, None] + both
+            low, high = shift.gather(1, ends).unbind(1)
+        at_low, at_high = (h.gather(1, ends) + offset[:, None]).unbind(1)
         share = (-at_low / (at_high - at_low).clamp(min=_TINY)).clamp(0, 1)
         below = (1 - share)[:, None, None] * _pick(q, interval)
         above = share[:, None, None] * _pick(q, interval + 1)
@@ -200,41 +196,36 @@ def tangent_direction(
 
     found: list[torch.Tensor] = []
 
-    def correction(of_phi: Image) -> tuple[torch.Tensor, torch.Tensor]:
+    def correction(last_step: Image) -> tuple[torch.Tensor, torch.Tensor]:
         """From the result for lambda0 to that for lambda; what the search leaves of h goes with it."""
         basis = directions.basis()
-        rows = thin_product(turned(start).mT, basis.float()).mT / norm[:, None, None]
-        exact = rows.double()
-        gram = exact @ exact.mT
+        columns = thin_product(turned(start).mT, basis.float().mT) / norm[:, None, None]
+        exact = columns.double()
+        gram = _inner_products(exact)
         seen = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         problem = _Compressed(
             gram=gram,
-            image=times(exact, v.double()),
-            axis=times(basis.mT, u.double()),
+            image=times(exact.mT, v.double()),
+            axis=times(basis, u.double()),
             unseen=((start_norm / norm).double().square() - seen).clamp(min=0),
             schedule=coefficient_schedule(coefficients, steps),
         )
-        before, h = problem.polynomial(torch.zeros_like(reach)[:, None])
-        at_start = (u * of_phi(v)).sum(-1).double()
-        after, moved, shift = problem.search(at_start - h[:, 0], reach, rounds)
+        before, h = problem.polynomial(torch.zeros_like(problem.unseen)[:, None])
+        at_start = (u * last_step(directions.image)).sum(-1).double()
+        after, moved, shift = problem.search(at_start - h[:, 0], rounds)
         change = after - before[:, 0]
         rest = at_start + ((times(change, problem.image) + moved) * problem.axis).sum(-1)
-        along = times(basis, moved) - rest[:, None] * u
+        along = times(basis.mT, moved) - rest[:, None] * u
         found.extend([shift.float() - overlap, rest.float()])
-        return torch.cat([basis @ change, along[..., None]], -1).float(), torch.cat([rows, v[:, None]], -2)
+        left = torch.cat([basis.mT @ change, along[..., None]], -1).float()
+        return left, torch.cat([columns, v[..., None]], -1).mT
 
     with full_fp32_products():
         if norm is None:
             norm = torch.linalg.vector_norm(momentum, dim=(-2, -1), dtype=torch.float32)
         norm = norm.clamp(min=_TINY)
         forward = image(turned(momentum), v) / norm[:, None]
-        back = image(turned(momentum).mT, u) / norm[:, None]
         overlap = (u * forward).sum(-1)
-        reach = sum(
-            torch.linalg.vector_norm(w - overlap[:, None] * axis, dim=-1) for w, axis in ((forward, u), (back, v))
-        )
-        # msign is not exact: a little room.
-        reach = (1.01 * reach + 1e-6).double()
         off = (-overlap * norm)[:, None, None]
         if tall:
             start = add_product_(momentum, v[..., None] * off, u[:, None]).to(dtype)
@@ -245,7 +236,7 @@ def tangent_direction(
         else:
             # Without a pass over the matrix. Never less than there is: rounding leaves some of u v^T.
             start_norm = norm * (1 - overlap.square()).clamp(min=2.0**-16).sqrt()
-        directions = _Directions(u, v)
+        directions = _Directions(u, v, forward - overlap[:, None] * u if steps > 2 else None)
         phi = orthonormalize(
             start, steps, coefficients, dtype, watch=directions, correction=correction, norm=start_norm
         )

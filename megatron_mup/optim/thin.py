@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import torch
 
+_TINY = 1e-30
+
 
 def halves(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Two numbers of half precision whose sum is all but x."""
     high = x.to(dtype)
     return high, (x - high.to(x.dtype)).to(dtype)
+
+
+def side_by_side(x: torch.Tensor, dtype: torch.dtype, multiple: int = 8) -> torch.Tensor:
+    """Both :func:`halves` of columns ``[batch, n, k]``, and zeros up to a multiple, with few operations."""
+    k = x.shape[-1]
+    joined = x.new_zeros(*x.shape[:-1], 2 * k + -2 * k % multiple, dtype=dtype)
+    high, low = joined[..., :k], joined[..., k : 2 * k]
+    torch.sub(x, high.copy_(x), out=low)
+    return joined
 
 
 def padded(parts: list[torch.Tensor], dim: int, multiple: int = 8) -> torch.Tensor:
@@ -37,13 +48,18 @@ def thin_product(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     if matrix.dtype is torch.float32:
         return matrix @ columns
     k = columns.shape[-1]
-    found = torch.bmm(matrix, padded([*halves(columns, matrix.dtype)], -1), out_dtype=torch.float32)
+    found = torch.bmm(matrix, side_by_side(columns, matrix.dtype), out_dtype=torch.float32)
     return found[..., :k] + found[..., k : 2 * k]
 
 
 def image(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """:func:`thin_product` with one vector: ``[batch, m, n]`` times ``[batch, n]``."""
     return thin_product(matrix, vector[..., None])[..., 0]
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors ``[..., n]`` divided by their norms; zeros stay."""
+    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(min=_TINY)
 
 
 def split_factors(

@@ -36,6 +36,7 @@ class Whole:
             ``[batch, *basis_shape]`` (basis).
         feed_back: adds a multiple of matrices like ``update`` to the momentum that is kept at home.
         norms: fp32 ``[batch]``, Frobenius norms of ``update`` and of ``weight``, where packing has told.
+        room: like ``update``, and perhaps its memory: where the result belongs. To form it there saves a copy.
     """
 
     update: torch.Tensor
@@ -43,6 +44,7 @@ class Whole:
     kept: Mapping[str, torch.Tensor]
     feed_back: Callable[[torch.Tensor, float], None]
     norms: Norms = (None, None)
+    room: torch.Tensor | None = None
 
 
 def example(

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from megatron_mup.config import Config
-from megatron_mup.parallel import copy_engine
+from megatron_mup.parallel import copy_engine, shared_memory
 from megatron_mup.parallel.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -129,8 +129,8 @@ def transport_of_auto(config: Config, mesh: Mesh) -> str | None:
     """What ``--fsdp-transport auto`` comes to in this run, in words; None where nothing asks for it. Collective."""
     if config.parallel.fsdp_transport == "collective" or not uses_fsdp(config, mesh):
         return None
-    within_reach = copy_engine.within_reach(mesh.group("dp_shard"), mesh.device)
-    return "copy engines" if within_reach else "collectives, for not all ranks read each other's memory"
+    near = shared_memory.within_reach(mesh.group("dp_shard"), mesh.device)
+    return "copy engines" if near else "collectives, for not all ranks read each other's memory"
 
 
 def use_copy_engines(model: nn.Module, units: Units, config: Config, mesh: Mesh) -> None:
@@ -153,13 +153,10 @@ def _use_copy_engines(model: nn.Module, kinds: list[list[nn.Module]], axis: str,
     """The same for units that share axes. Units of a kind are used one after the other."""
     group = mesh.group(f"{axis}_shard")
     own = {unit: copy_engine.own_parameters(unit) for units in kinds for unit in units}
-    if not copy_engine.within_reach(group, mesh.device) or not any(own.values()):
-        return
     parallel, training, dtype = config.parallel, config.training, compute_dtype(config)
-
-    def make(nbytes: int) -> copy_engine.SharedBuffer:
-        return copy_engine.SymmetricBuffer(nbytes, group, mesh.device, parallel.distributed_timeout_minutes * 60)
-
+    make = shared_memory.shared_buffers(group, mesh.device, parallel.distributed_timeout_minutes * 60)
+    if make is None or not any(own.values()):
+        return
     # Gradients of one micro-batch lose nothing if they travel as autograd gave them; sums of several are in fp32.
     single = config.global_batch_size(mesh.world.size()) == training.micro_batch_size * mesh.dp_size
     reduce = copy_engine.CopyReduceScatter(

@@ -183,8 +183,8 @@ def scaling(meta: ParamMeta, config: Config) -> Scaling:
     by_size = optimizer == flags.optimizer != "adam"
     if by_size:
         base_lr = flags.lr if flags.muon_lr is None else flags.muon_lr
-        follows = scheme.width and optimizer in ("muon", "normuon", "dion")
-        # On the sphere steps are relative to the radius, and Scion's to that of its balls: nothing is left to width.
+        # Scion's steps are relative to the radius of its balls: nothing is left to width.
+        follows = scheme.width and optimizer != "scion"
         lr_width = orthonormal_lr_factor(meta, config) if follows else 1.0
     if kind in (Kind.INPUT, Kind.READOUT) and flags.decoupled_lr is not None:
         base_lr = flags.decoupled_lr
@@ -313,7 +313,8 @@ def _weight_decay(kind: Kind, optimizer: str, config: Config, r: Ratios, lr_widt
     if optimizer == "scion":
         return 1.0 if flags.scion_constrained else 0.0
     if optimizer in ("muonsphere", "spectral_sphere"):
-        return flags.weight_decay if flags.sphere_retraction == "dynamic" else 0.0
+        # Retraction is relative to the weights, whatever the step's scale does to the learning rate.
+        return flags.weight_decay / lr_width if flags.sphere_retraction == "dynamic" else 0.0
     decays = {
         Kind.INPUT: flags.decay_embeddings,
         Kind.HIDDEN: True,

@@ -246,6 +246,7 @@ class Checkpointer:
         self.step.main.publish()
         self.guard.load_state(manifest.extra.get("guard", {}))
         if with_optimizer:
+            self._check_momenta(path, manifest)
             self.step.optimizer.load_state_scalars(manifest.optimizer)
         # Flags that change what the model computes, but no shape: the tensors fit, the run wouldn't be the same.
         differences = compare_configs(manifest.config, self.config, "architecture")
@@ -270,6 +271,21 @@ class Checkpointer:
         if dist.get_rank() == 0:
             print(f"resumed from {path}: iteration {progress.iteration}, {progress.consumed_samples} samples consumed")
         return progress
+
+    def _check_momenta(self, path: Path, manifest: Manifest) -> None:
+        """Momenta of both styles have the same shapes, but not the same size.
+
+        Raises:
+            ConfigError: those of a checkpoint are of the other style.
+        """
+        differences = compare_configs(manifest.config, self.config, "momentum")
+        at_work = self.config.at_iteration(max(0, manifest.iteration - 1)).optimizer.optimizer
+        if differences and at_work not in ("adam", "dion"):
+            raise ConfigError(
+                f"--load {path}",
+                f"its momenta are of another size: {told_differences(differences)}",
+                "give the same style: steps are the same with either",
+            )
 
     def _pieces(self, with_optimizer: bool) -> list[Piece]:
         state = self.step.optimizer.state_tensors() if with_optimizer else None

@@ -108,13 +108,15 @@ def _run(config: Config, device: torch.device, launch: Launch) -> int:
     assert vocab_size is not None
     mesh = Mesh.build(config, device)
     trainer = Trainer(config, vocab_size, mesh)
-    transport = transport_of_auto(config, mesh)
+    messages = transport_of_auto(config, mesh)
     if launch.rank == 0:
         print(scaling_tables(config, vocab_size))
         if (kernel := kernel_chosen(config, device, compute_dtype(config))) is not None:
             print(f"attention runs on {kernel}")
-        if transport is not None:
-            print(f"FSDP2's messages go by {transport}")
+        if messages is not None:
+            print(f"FSDP2's messages go by {messages}")
+        if config.optimizer.optimizer != "adam" and (transport := trainer.step.optimizer.transport()) is not None:
+            print(f"hidden matrices go to the ranks that orthonormalize them, and results back, by {transport}")
         if config.optimizer.print_optimizer_plan:
             print(trainer.step.optimizer.plan())
     with trainer:

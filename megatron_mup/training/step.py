@@ -124,6 +124,10 @@ class TrainStep:
             routing = self.balancing.finish(taken)
         return StepResult(found.loss, norm, found.requests, routing)
 
+    def close(self) -> None:
+        """Frees a CUDA graph: NCCL waits for those that hold its messages when process groups are destroyed."""
+        self._gradients = self._find_gradients
+
     def _find_gradients(self, batch: Batch, request: int | torch.Tensor, timer: PhaseTimer) -> Found:
         """The part of a step before the update: every `MainParam` has its final gradient then."""
         with timer("forward-backward"):

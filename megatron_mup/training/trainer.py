@@ -156,7 +156,10 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: object) -> None:
-        """Stops the data loaders; finishes the save under way where all ranks leave together."""
+        """Frees the step's CUDA graph and stops the data loaders; finishes the save under way where all ranks leave
+        together.
+        """
+        self.step.close()
         if kind is not None and issubclass(kind, BrokenRunError):
             self.checkpointer.finish()
         for loader in (self.train_data, self.valid_data):

@@ -31,6 +31,7 @@ OPTIMIZERS = {
     ("experts", "adam"): "",
     ("experts", "muon"): "--optimizer muon --muon-moe-router",
     ("experts", "spectral_sphere"): "--optimizer spectral_sphere",
+    ("experts", "dion"): "--optimizer dion --dion-rank-fraction 0.5",
 }
 ONE = Case(1, "")
 EXPERT_LAYOUTS = ("ep2", "ep2-tp2", "ep2-fsdp2", "ep2-hsdp2", "ep2-pp2", "etp2", "etp2-fsdp2", "etp2-ep2")

@@ -186,6 +186,10 @@ def test_what_cannot_work_is_told(argv, world_size, parts):
         ("--muon-momentum 0.95", "--muon-momentum 0.95", "adam"),
         ("--optimizer muon --no-muon-split-fc1", "--no-muon-split-fc1", "gate"),
         ("--optimizer muon --optimizer-switch-at 9999", "--optimizer muon", "ends before --optimizer-switch-at 9999"),
+        ("--optimizer scion --weight-decay 0.2", "--weight-decay 0.2", "balls"),
+        ("--optimizer spectral_sphere --weight-decay 0.2", "--weight-decay 0.2", "hard retraction"),
+        ("--optimizer muon --scalar-optimizer lion --adam-eps 1e-9", "--adam-eps 1e-09", "lion"),
+        ("--optimizer muon --muon-distributed-mode gram", "--muon-distributed-mode gram", "parts of a matrix"),
         ("--lr-wsd-decay-iters 3", "--lr-wsd-decay-iters 3", "cosine"),
         ("--lr-power-exponent -1", "--lr-power-exponent -1.0", "cosine"),
         ("--lr-decay-style constant --min-lr 1e-5", "--min-lr 1e-05", "constant"),
@@ -212,6 +216,26 @@ def test_a_flag_without_effect_is_a_warning(argv, flag, why):
     (warning,) = warnings(*argv.split())
     assert warning.startswith(f"{flag} changes nothing")
     assert why in warning
+
+
+EXPERTS = "--num-experts 4 --disable-bias-linear"
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size"),
+    [
+        ("--optimizer scion --weight-decay 0.2 --optimizer-switch-at 5", 1),
+        ("--optimizer muon --scalar-optimizer lion --adam-beta1 0.8 --adam-eps 1e-9 --optimizer-switch-at 5", 1),
+        ("--optimizer muon --scalar-optimizer lion --exp-avg-dtype bf16 --optimizer-switch-at 5", 1),
+        ("--optimizer muon --muon-distributed-mode gram --use-torch-fsdp2", 2),
+        (f"--optimizer scion --weight-decay 0.2 {EXPERTS}", 1),
+        (f"--optimizer muonsphere --weight-decay 0.2 {EXPERTS}", 1),
+        ("--optimizer muonsphere --weight-decay 0.2 --untie-embeddings-and-output-weights", 1),
+        ("--optimizer muonsphere --weight-decay 0.2 --sphere-retraction dynamic", 1),
+    ],
+)
+def test_a_flag_that_acts_for_a_while_or_on_some_ranks_is_no_warning(argv, world_size):
+    assert warnings(*argv.split(), world_size=world_size) == []
 
 
 def test_split_with_paths_per_split_warns():

@@ -66,9 +66,9 @@ def test_what_works_passes_without_a_word(flags, world_size):
         ("--bf16 --moe-ffn-hidden-size 100", 1, ["--moe-ffn-hidden-size 96 or 104"]),
         ("--parametrization everett", 1, ["--parametrization everett", "experts"]),
         (
-            "--optimizer muon --optimizer-switch-at 5 --optimizer-switch-carry-state",
-            1,
-            ["--optimizer-switch-carry-state"],
+            "--optimizer dion --dion-compressed-sync --clip-grad 0",
+            2,
+            ["--dion-compressed-sync", "experts"],
         ),
         (
             "--expert-tensor-parallel-size 2",

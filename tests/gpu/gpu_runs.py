@@ -67,12 +67,26 @@ def train(config: Config, mesh: Mesh, steps: int = 3) -> dict[str, Any]:
     step = step_of(config, mesh)
     initial = {main.meta.name: main.value.clone().cpu() for main in step.main.params}
     results = [step(share(config, mesh, number), 1.0) for number in range(steps)]
+    step.close()
     return {
         "initial": initial,
         "losses": torch.stack([r.loss for r in results]).cpu(),
         "norms": torch.stack([r.grad_norm for r in results]).cpu(),
         "weights": {main.meta.name: main.value.cpu() for main in step.main.params},
     }
+
+
+def first_step(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Loss, gradient norm, and gradients of the parameters that this rank's stages have, but for a common factor."""
+    step, grads = step_of(config, mesh), {}
+
+    def look(_loss: torch.Tensor, _norm: torch.Tensor) -> bool:
+        for main in step.main.params:
+            grads[main.meta.name] = main.layout.gather(main.grad.float()).to("cpu", copy=True)
+        return True
+
+    found = step(share(config, mesh, 0), 1.0, gate=look)
+    return {"loss": found.loss.cpu(), "norm": found.grad_norm.cpu(), "grads": grads}
 
 
 def train_on_rank(config: Config) -> dict[str, Any]:
@@ -88,27 +102,45 @@ def nothing() -> dict[str, Any]:
     return {}
 
 
+def meshes_on(place: torch.device) -> Callable[[Config], Mesh]:
+    """The mesh of a configuration; one for each layout, since PyTorch 2.11 dies of splitting groups over and over."""
+    found: dict[str, Mesh] = {}
+
+    def mesh_of(config: Config) -> Mesh:
+        layout = f"{config.parallel} {config.moe.num_experts} {config.optimizer.muon_distributed_mode}"
+        if layout not in found:
+            found[layout] = Mesh.build(config, place)
+        return found[layout]
+
+    return mesh_of
+
+
+def attempted(name: object, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns on a rank of a pool, or its error's traceback.
+
+    For several runs in one process group: starting one takes longer than most of them. Where all ends in a hang, stderr
+    says which was the last to begin.
+    """
+    print(f"rank {dist.get_rank()}: {name}", file=sys.stderr, flush=True)
+    torch._dynamo.reset()
+    try:
+        return function(*args)
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        gc.collect()
+
+
 def train_many_on_rank(
     configs: dict[str, Config], device: str = "cuda", more: Callable[[], dict[str, Any]] = nothing
 ) -> dict[str, dict[str, Any] | str]:
-    """The same for several configurations by name, in one process group: starting one takes longer than most of them.
-
-    With what ``more`` finds behind each. What fails gives its traceback. Where all ends in a hang, stderr says which
-    was the last to begin.
+    """Losses and gradient norms of several configurations by name, or an error's text; with what ``more`` finds behind
+    each.
     """
-    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    meshes: dict[str, Mesh] = {}
-    seen: dict[str, dict[str, Any] | str] = {}
-    for name, config in configs.items():
-        print(f"rank {dist.get_rank()}: {name}", file=sys.stderr, flush=True)
-        torch._dynamo.reset()
-        layout = f"{config.parallel} {config.moe.num_experts} {config.optimizer.muon_distributed_mode}"
-        try:
-            if layout not in meshes:
-                meshes[layout] = Mesh.build(config, place)
-            found = train(config, meshes[layout])
-            seen[name] = {part: found[part] for part in ("losses", "norms")} | more()
-        except Exception:
-            seen[name] = traceback.format_exc()
-        gc.collect()
-    return seen
+    mesh_of = meshes_on(torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device))
+
+    def seen(config: Config) -> dict[str, Any]:
+        found = train(config, mesh_of(config))
+        return {part: found[part] for part in ("losses", "norms")} | more()
+
+    return {name: attempted(name, seen, config) for name, config in configs.items()}

@@ -78,6 +78,7 @@ def numbers_of_steps(config: Config) -> list[torch.Tensor]:
         seen += [found.loss, found.grad_norm, found.request]
         if number > 3:
             seen.append(step.evaluate(share(config, mesh, 99)))
+    step.close()
     return [tensor.cpu() for tensor in seen]
 
 

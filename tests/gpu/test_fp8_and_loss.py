@@ -140,4 +140,5 @@ def test_fused_loss_takes_less_memory(process_group):
         step({"tokens": tokens, "labels": tokens}, 1.0)
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del step
-    assert peaks[0] - peaks[1] > 0.8 * 2**30, peaks  # logits and their gradient, both in bf16
+    # Logits and their gradient in bf16 take 1 GiB; what chunks and the sum of the weight's gradient take is 0.3.
+    assert peaks[0] - peaks[1] > 0.7 * 2**30, peaks

@@ -15,7 +15,7 @@ from megatron_mup.layers import embedding, rope
 from tests.interpreter import interpreted
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available() or not HAS_KERNEL, reason="needs a GPU and Triton")
-SHAPES = [(3, 2, 2, 3, 8, 8), (2, 1, 5, 1, 12, 8), (4, 2, 1, 40, 64, 64), (2, 2, 3, 2, 128, 128)]
+SHAPES = [(3, 2, 2, 3, 8, 8), (2, 1, 5, 1, 12, 8), (4, 2, 1, 40, 64, 64), (3, 2, 2, 2, 64, 64), (2, 2, 3, 2, 128, 128)]
 """Sequence, batch, groups, heads per group, channels of a head, and how many of them rotate."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -98,6 +99,14 @@ def test_tiles_cover_the_pieces():
     assert sum(int(table[:, 3].sum()) for table in tables.values()) == sum(piece.length for piece in PIECES)
 
 
+def test_tiles_of_several_buffers_are_mixed():
+    """Three times as many in the first one: one of the second follows three of the first."""
+    pieces = [Piece(0, 0, 0, 6 * TILE, 0, 0), Piece(1, 0, 0, 2 * TILE, 1, 1)]
+    ((_, tiles),) = tile_tables(pieces, torch.device("cpu"), ())
+    assert tiles[:, 5].tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
+    assert tiles[tiles[:, 5] == 0, 2].tolist() == [TILE * place for place in range(6)]
+
+
 def test_tiles_of_matrices():
     """Two matrices in one buffer: each tile is listed with its own, wherever its table has it; a third one has none."""
     size = 2 * TILE + 48
@@ -156,6 +165,25 @@ def compare(device: str) -> None:
             run(values, packed, on_tables(Pieces(PIECES, packed.device)), gain, change)
             results.append(values.tensors)
         check(*results)
+        compare_several_buffers(dtype, device)
+
+
+def compare_several_buffers(dtype: torch.dtype, device: str) -> None:
+    """The same kernels with a buffer for every second piece."""
+    from megatron_mup.kernels import shards_triton
+
+    pieces = [replace(piece, buffer=number % 2) for number, piece in enumerate(PIECES)]
+    gain, change = torch.tensor([[0.5, -2.0, 1.0], [0.0, -0.1, 0.2]], device=device)
+    results = []
+    for pack, use in ((shards_triton.advance, shards_triton.apply), (advance_reference, apply_reference)):
+        grads, momenta, values = (on_tables(shards(seed, dtype, device)) for seed in range(3))
+        buffers = Shards(2, torch.device(device))
+        buffers.set([torch.zeros(4 * TILE + 41, dtype=dtype, device=device) for _ in range(2)])
+        table = on_tables(Pieces(pieces, torch.device(device)))
+        pack(grads, momenta, on_tables(buffers), table, STYLES[0])
+        use(values, buffers, table, gain, change)
+        results.append([*momenta.tensors, *values.tensors, *buffers.tensors])
+    check(*results)
 
 
 def on_tables(what):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_mup.kernels import symmetric
+from megatron_mup.kernels.late import kernels_of
 from megatron_mup.kernels.symmetric import has_whole_rows, kernel_takes, symmetric_product, symmetric_product_reference
 
 FORMS = ("rows", "columns", "symmetric")
@@ -71,7 +72,7 @@ def test_kernel_against_the_formula(form, batch, n, k, dtype, full, kernel, monk
     if not kernel_takes(a, b):
         pytest.skip("no kernel for this device")
     if kernel == "symmetric":
-        monkeypatch.setattr(symmetric, "_kernel_of", lambda device: kernel)
+        monkeypatch.setattr(symmetric, "_kernel_of", lambda *_: kernel)
     poison = torch.full((batch, n, n), float("nan"), device="cuda", dtype=dtype)
     del poison  # the allocator hands this memory to the result
     got = symmetric_product(a, b, form, **terms)
@@ -100,6 +101,40 @@ def test_kernel_at_every_number_of_cells():
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize(("batch", "n"), [(1, 2048), (1, 2040), (2, 1184), (3, 264), (1, 200)])
+@pytest.mark.parametrize("form", ["rows", "columns"])
+def test_kernel_of_few_cells(batch, n, form):
+    """With more programs than there are cells, with fewer, and with those that leave all cells of diagonals to cut."""
+    a, _ = operands(form, batch, n, 136, "cuda", torch.float16)
+    if symmetric._kernel_of(a.device, 1, 128) != "symmetric_hopper":
+        pytest.skip("no kernel for this device")
+    terms = extras(batch, n, "cuda", torch.float16)
+    want = exact(a, a, form, **terms)
+    side = -(-n // 128)
+    cells = batch * side * (side + 1) // 2
+    for programs in (cells, max(1, cells - 3), max(1, cells - batch * side)):
+        out = torch.full((batch, n, n), float("nan"), device="cuda", dtype=torch.float16)
+        factors = (terms[name] for name in ("d", "scale", "alpha", "beta", "diagonal"))
+        kernels_of("symmetric_cells").launch(symmetric.Product(a, a, out, *factors, form == "columns"), programs)
+        assert ((out.double() - want).norm() / want.norm()).item() < 4e-4, programs
+        assert torch.equal(out, out.mT), programs
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("batch", [1, 20])
+def test_kernel_beside_messages(batch):
+    """The programs are others; the results are the same to the bit."""
+    a = torch.randn(batch, 136, 1160, device="cuda").half()
+    if not kernel_takes(a):
+        pytest.skip("no kernel for this device")
+    with symmetric.beside_messages(True):
+        beside = symmetric_product(a, a, "columns")
+    assert torch.equal(beside, symmetric_product(a, a, "columns"))
+
+
+@pytest.mark.gpu
+@gpu
 @pytest.mark.parametrize("types", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
 def test_kernel_with_an_addend_of_another_type(types):
     a, b = operands("symmetric", 3, 640, 640, "cuda", types[0])
@@ -113,16 +148,41 @@ def test_kernel_with_an_addend_of_another_type(types):
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("form", ["rows", "columns"])
-def test_kernel_on_part_of_a_memory(form):
-    """Rows that others lie between, as in Gram space before a correction."""
-    whole = torch.randn(3, 520, 392, device="cuda").to(torch.bfloat16)
-    part = whole[:, :384, :264]
-    if not kernel_takes(part):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", ["the device's", "symmetric"])
+def test_kernel_on_part_of_a_memory(form, kernel, monkeypatch):
+    """Rows that others lie between, of all operands, as in Gram space before a correction."""
+    n, k = 264, 264 if form == "symmetric" else 384
+    a, b = operands(form, 3, n, k, "cuda", torch.bfloat16)
+    if not kernel_takes(a, b):
         pytest.skip("no kernel for this device")
-    assert torch.equal(
-        symmetric_product(part, part, form), symmetric_product(part.contiguous(), part.contiguous(), form)
-    )
+    if kernel == "symmetric":
+        monkeypatch.setattr(symmetric, "_kernel_of", lambda *_: kernel)
+    terms = extras(3, n, "cuda", torch.bfloat16)
+    want = symmetric_product(a, b, form, **terms)
+    terms["d"] = part_of_a_memory(terms["d"], 16, 8)
+    out = part_of_a_memory(torch.zeros_like(want), 0, 128)
+    a, b = part_of_a_memory(a, 8, 136), part_of_a_memory(b, 0, 8)
+    assert torch.equal(symmetric_product(a, b, form, **terms, out=out), want)
+
+
+def part_of_a_memory(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A copy among numbers that spoil what reads them."""
+    batch, m, n = x.shape
+    part = x.new_full((batch, m + rows, n + columns), float("nan"))[:, :m, :n]
+    return part.copy_(x)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, gpu])])
+@pytest.mark.parametrize("room", [(0, 128), (128, 0)])
+def test_result_in_part_of_a_memory(room, device):
+    a = torch.randn(3, 200, 264, device=device).half()
+    memory = torch.full((3, 264 + room[0], 264 + room[1]), 7.0, device=device, dtype=torch.bfloat16)
+    out = memory[:, :264, :264]
+    assert symmetric_product(a, a, "columns", out=out) is out
+    torch.testing.assert_close(out, symmetric_product(a, a, "columns", dtype=torch.bfloat16), rtol=8e-3, atol=1e-2)
+    assert (memory[:, 264:] == 7).all()
+    assert (memory[..., 264:] == 7).all()
 
 
 def test_whole_rows():

@@ -45,13 +45,15 @@ def shard_of(facts: ParamMeta, value: torch.Tensor, mesh: Mesh) -> MainParam:
 
 
 def model_metas() -> list[ParamMeta]:
-    """Parameters of a tiny model: shapes that repeat, that don't divide, that leave data ranks empty."""
+    """Parameters of a tiny model: shapes that repeat, don't divide, leave ranks empty, along either dimension."""
     metas = [
         meta("embedding", Role.EMBEDDING, (22, 12), tp_dim=0, layer=None),
         meta("head", Role.READOUT, (22, 12), tp_dim=0, layer=None),
         meta("final_norm", Role.NORM, (12,), layer=None),
         meta("short", Role.ATTENTION_OUTPUT, (2, 12), tp_dim=1),
-        meta("odd", Role.ATTENTION_OUTPUT, (7, 12), tp_dim=1),
+        meta("odd", Role.ATTENTION_OUTPUT, (7, 13), tp_dim=1),
+        meta("column", Role.ATTENTION_OUTPUT, (6, 1), tp_dim=1),
+        meta("row", Role.LATENT, (1, 12)),
     ]
     for layer in range(2):
         facts = {"layer": layer}

@@ -15,6 +15,7 @@ from megatron_mup.layers.moe import expert_blocks
 from megatron_mup.optim.build import build_matrix
 from megatron_mup.optim.experts import ExpertRanks
 from megatron_mup.optim.main_params import MainParam
+from megatron_mup.optim.optimizer import Optimizer
 from megatron_mup.parallel.mesh import Mesh
 from megatron_mup.parametrization.meta import ParamMeta, Role
 
@@ -38,11 +39,13 @@ GRIDS = {
     "etp3": (3, {"expert_tensor_parallel_size": 3}),
     "etp2-dp2": (4, {"expert_tensor_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
 }
-# Nothing but momentum; a number for each row; a vector for each matrix; experts' gates and ups as one matrix.
+# Nothing but momentum; a number for each row; a vector for each matrix; momentum at home and a basis for each matrix;
+# experts' gates and ups as one matrix.
 OPTIMIZERS = {
     "muon": {},
     "normuon": {},
     "spectral_sphere": {},
+    "dion": {},
     "whole": {"optimizer": "normuon", "muon_split_fc1": False},
 }
 DAILY = {("normuon", "etp2-fsdp2"), ("whole", "etp2-fsdp2")}
@@ -72,6 +75,32 @@ def trained(name: str, parallel: dict[str, object]) -> tuple[Places, Places]:
         [place for param in params for place in places("value", param, param.value)],
         [place for kind, param, tensor in states for place in places(kind, param, tensor)],
     )
+
+
+def carried(parallel: dict[str, object]) -> int:
+    """Experts' rows whose momentum is not AdamW's first moment as Muon takes over with state."""
+    flags = OptimizerConfig(optimizer="muon", optimizer_switch_at=1, optimizer_switch_carry_state=True)
+    config = Config(parallel=ParallelConfig(**parallel), moe=MoEConfig(num_experts=EXPERTS), optimizer=flags)
+    mesh = Mesh.build(config, torch.device("cpu"))
+    params = [shard_of(m, value_of(m.name, 0, m.shape), mesh) for m in METAS]
+    optimizer = Optimizer(params, config, mesh)
+    for param in params:
+        param.grad = param.layout.shard(value_of(param.meta.name, 1, param.meta.shape)).clone()
+    optimizer.step(1.0)
+    assert optimizer.advance(1)
+    wrong, rows = 0, 0
+    for param, momentum in optimizer.state_tensors().values():
+        want = 0.1 * param.layout.shard(value_of(param.meta.name, 1, param.meta.shape))
+        wrong += int((momentum - want).abs().gt(1e-6).any(1).sum())
+        rows += len(momentum)
+    assert rows == sum(len(param.value) for param in params)
+    return wrong
+
+
+@pytest.mark.parametrize("grid", ["etp2-fsdp2", pytest.param("etp3", marks=pytest.mark.long)])
+def test_state_is_carried_over(pool, grid):
+    world, parallel = GRIDS[grid]
+    assert pool.run(world, carried, parallel) == [0] * world
 
 
 def places(kind: str, param: MainParam, tensor: torch.Tensor) -> Places:

@@ -49,29 +49,6 @@ def test_equals_torch(monkeypatch, nesterov, mode, adjust):
         assert relative(got, want.detach()) < 1e-5
 
 
-def keller_jordan(w: torch.Tensor, grads: list[torch.Tensor], lr: float, decay: float) -> torch.Tensor:
-    """The formulas of Keller Jordan's post, in fp64."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    w, m = w.double(), torch.zeros_like(w, dtype=torch.float64)
-    for g in grads:
-        g = g.double()
-        m = 0.95 * m + 0.05 * g
-        x = 0.95 * m + 0.05 * g
-        x = x / (x.norm() + 1e-7)
-        for _ in range(5):
-            s = x @ x.T
-            x = a * x + (b * s + c * s @ s) @ x
-        w = (1 - lr * decay) * w - lr * math.sqrt(max(1, w.shape[0] / w.shape[1])) * x
-    return w
-
-
-def test_equals_keller_jordan():
-    settings = MuonSettings(scale_mode="shape_scaling", coefficients="jordan")
-    grads = list(zip(*(weights(100 + step) for step in range(5)), strict=True))
-    for got, w, g in zip(ours(settings, 5, 0.02, 0.01), weights(), grads, strict=True):
-        assert relative(got.double(), keller_jordan(w, list(g), 0.02, 0.01)) < 1e-5
-
-
 def test_factor_scales_the_peak_rate():
     settings = MuonSettings()
     for got, want in zip(ours(settings, 3, 0.04, 0.1, factor=0.5), ours(settings, 3, 0.02, 0.1), strict=True):

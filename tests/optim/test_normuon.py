@@ -84,32 +84,17 @@ def test_a_row_without_gradient_stays():
     assert param.value.isfinite().all()
 
 
-def moonlight(w: torch.Tensor, grads: list[torch.Tensor], lr: float, decay: float, nesterov: bool) -> torch.Tensor:
-    """Moonlight's toy_train.py in fp64."""
-    w, buf = w.double(), 0.0
-    for g in grads:
-        buf = 0.95 * buf + g.double()
-        u = g.double() + 0.95 * buf if nesterov else buf
-        w = w * (1 - lr * decay)
-        w = w - lr * 0.2 * math.sqrt(max(w.shape)) * newton_schulz(u, "jordan")
-    return w
-
-
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_equals_moonlight(shape, nesterov):
-    grads = [random(shape, 10 + i) for i in range(5)]
-    values = {}
+def test_styles_of_momentum_take_the_same_steps(shape, nesterov):
+    values, momenta = [], []
     for style in ("sum", "ema"):
         param = alone(meta("w", Role.MLP_OUT, shape), random(shape, 0))
-        settings = MuonSettings(
-            momentum_style=style, nesterov=nesterov, scale_mode="match_rms_adamw", coefficients="jordan"
-        )
-        optimizer = Muon([(param, numbers(lr=0.02, weight_decay=0.1))], settings, None)
-        for grad in grads:
-            param.grad = grad
+        optimizer = Muon([(param, numbers())], MuonSettings(momentum_style=style, nesterov=nesterov), None)
+        for step in range(5):
+            param.grad = random(shape, 10 + step)
             optimizer.step(1.0)
-        values[style] = optimizer.state_tensors()["momentum/w"][1]
-        want = moonlight(random(shape, 0), grads, 0.02, 0.1, nesterov)
-        assert ((param.value - want).norm() / want.norm()).item() < 1e-5, style
-    torch.testing.assert_close(values["ema"], 0.05 * values["sum"])
+        values.append(param.value)
+        momenta.append(optimizer.state_tensors()["momentum/w"][1])
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(0.05 * momenta[0], momenta[1])

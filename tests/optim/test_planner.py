@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_description():
     assert lines[2].split() == ["w1", "1000x1000", "owner", "0", "1", "2", "6"]
     assert lines[3] == "rank 0: 10 GFLOP, 4 MB"
     assert lines[-1] == "2 matrices in 1 chunks; the busiest rank has 1.250 times the mean"
-    assert describe(make_plan([], [], 2), 4).splitlines()[-1].endswith("idle")
+    assert describe(make_plan([], [], 2), 4) == "no hidden matrices to orthonormalize"
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -130,6 +131,30 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     costs.add_costs(tmp_path / "file" / "costs.json", {"a": 1.0})
 
 
+def test_a_full_disk_keeps_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "costs.json"
+    costs.add_costs(path, {"old": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        costs.add_costs(path, {"new": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert costs.read_costs(path) == {"old": 1.0}
+    assert [file.name for file in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_without_a_home_times_are_among_temporary_files(tmp_path, monkeypatch):
+    def nobody(_user: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert costs.cost_file() == tmp_path / "megatron_mup" / "optimizer_costs.json"
+
+
 def measured_plan(base: Path, device_name: str, kind: str = "muon") -> tuple[list[int], list[float] | None, int]:
     """Homes and times by rank, where times differ between ranks, and how many shapes this rank measured."""
     rank, seen = dist.get_rank(), []
@@ -172,12 +197,21 @@ def test_ranks_plan_by_the_times_of_the_first(pool, tmp_path):
             assert [plan[2] for plan in pool.run(2, measured_plan, tmp_path, "a GPU", kind)] == [3, 0]
 
 
-def without_matrices() -> int:
-    """Matrices of a plan by measured times, where there are none and ranks can't send anything."""
+def without_matrices() -> list[int]:
+    """Matrices of plans by measured times, where there are none and ranks can't send anything."""
+    mesh, found = Mesh.build(Config(), torch.device("cpu")), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "broadcast", None)
-        return len(Muon([], MuonSettings(measured_costs=True), Mesh.build(Config(), torch.device("cpu"))).plan.chunks)
+        for optimizer, settings in (
+            (Muon, MuonSettings(measured_costs=True)),
+            (SpectralSphere, SphereSettings(measured_costs=True)),
+            (Dion, DionSettings(rank_fraction=0.5, measured_costs=True)),
+        ):
+            empty = optimizer([], settings, mesh)
+            empty.step(1.0)
+            found.append(len(empty.plan.chunks))
+    return found
 
 
 def test_ranks_without_matrices_measure_nothing(pool):
-    assert pool.run(2, without_matrices) == [0, 0]
+    assert pool.run(2, without_matrices) == [[0, 0, 0]] * 2

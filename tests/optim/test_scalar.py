@@ -257,11 +257,12 @@ def test_refusals():
         ({"optimizer": "muon"}, "normuon_beta2 sphere_solver_steps ademamix_alpha scion_constrained"),
         ({"optimizer": "muon", "scalar_optimizer": "lion"}, "adam_beta1 adam_eps ademamix_beta3"),
         ({"optimizer": "normuon", "scalar_optimizer": "adam_atan2"}, "adam_eps lion_beta2"),
-        ({"optimizer": "muonsphere"}, "muon_scale_mode sphere_solver_steps normuon_beta2"),
-        ({"optimizer": "spectral_sphere", "scalar_optimizer": "ademamix"}, "muon_extra_scale_factor lion_beta1"),
+        ({"optimizer": "muonsphere"}, "scion_radius sphere_solver_steps normuon_beta2 weight_decay"),
+        ({"optimizer": "spectral_sphere", "scalar_optimizer": "ademamix"}, "dion_rank_fraction lion_beta1"),
         (
             {"optimizer": "scion"},
-            "muon_nesterov weight_decay decay_embeddings scion_embedding_radius scion_embedding_norm sphere_retraction",
+            "muon_scale_mode muon_nesterov weight_decay decay_embeddings scion_embedding_radius scion_embedding_norm "
+            "sphere_retraction",
         ),
     ],
 )
@@ -277,7 +278,8 @@ def test_settings_that_change_nothing_are_told(flags, idle):
         ({"optimizer": "normuon"}, "scalar_optimizer muon_scale_mode normuon_beta2 adam_eps muon_momentum_style"),
         ({"optimizer": "muon", "scalar_optimizer": "ademamix"}, "ademamix_alpha adam_beta1 adam_eps muon_nesterov"),
         ({"optimizer": "spectral_sphere", "scalar_optimizer": "lion"}, "sphere_solver_steps lion_beta1 muon_nesterov"),
-        ({"optimizer": "muonsphere"}, "sphere_retraction sphere_radius weight_decay print_optimizer_plan"),
+        ({"optimizer": "muonsphere"}, "sphere_retraction sphere_radius muon_scale_mode"),
+        ({"optimizer": "muonsphere", "sphere_retraction": "dynamic"}, "weight_decay weight_decay_rule"),
         ({"optimizer": "scion"}, "scion_radius scion_output_radius scion_constrained muon_momentum muon_lr"),
     ],
 )

@@ -6,19 +6,27 @@ round differently, and a shard ends elsewhere.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from optim_cases import alone, model_metas, shard_of
+from optim_cases import alone, model_metas, numbers, shard_of
 
 from megatron_mup.config import Config, OptimizerConfig, ParallelConfig
+from megatron_mup.optim import planner
+from megatron_mup.optim.blocks import logical_blocks
 from megatron_mup.optim.clip import clip_factor, global_grad_norm
 from megatron_mup.optim.main_params import MainParam
+from megatron_mup.optim.muon import Muon, MuonSettings
 from megatron_mup.optim.optimizer import Optimizer
+from megatron_mup.optim.whole import Whole
 from megatron_mup.parallel.mesh import AXES, Mesh
 from megatron_mup.parametrization.meta import ParamMeta
+from tests.shared_file import SharedFile, shared_through
 
-# (pp, tp, dp_replicate, dp_shard) by world size. "short" has 2 rows: with 4 data shards two ranks hold none of it;
-# the 7 of "odd", the embedding's 22 and the norms' 12 don't divide evenly.
+# (pp, tp, dp_replicate, dp_shard) by world size. "short" has 2 rows: with 4 data shards two ranks hold none of it; one
+# rank holds all of "column" and "row", the latter where nothing but data shards cut it. The 7 and 13 of "odd", the
+# embedding's 22 and the norms' 12 don't divide evenly.
 LAYOUTS = {
     2: [(1, 2, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)],
     4: [(1, 4, 1, 1), (1, 1, 1, 4), (1, 2, 1, 2), (1, 2, 2, 1), (1, 1, 2, 2), (2, 2, 1, 1), (2, 1, 1, 2)],
@@ -119,23 +127,63 @@ def compare(mesh: Mesh, config: Config, want: dict[str, torch.Tensor], norms: li
     return ""
 
 
-def problems(world: int, references: dict[str, tuple[list[float], dict[str, torch.Tensor]]]) -> list[str]:
-    """What differs from one rank on this rank, over all layouts and settings."""
+def problems(
+    world: int, references: dict[str, tuple[list[float], dict[str, torch.Tensor]]], folder: Path | None
+) -> list[str]:
+    """What differs from one rank on this rank, over all layouts and settings; with memory shared through a folder."""
     found = []
     for grid in LAYOUTS[world]:
         mesh = mesh_of(grid)
         for label, (norms, tensors) in references.items():
-            if problem := compare(mesh, Config(optimizer=CONFIGS[label]), tensors, norms):
+            with shared_through(folder) if folder else pytest.MonkeyPatch.context() as patch:
+                patch.setattr(planner, "CHUNK_ELEMENTS", 300 if label == "muonsphere" else planner.CHUNK_ELEMENTS)
+                problem = compare(mesh, Config(optimizer=CONFIGS[label]), tensors, norms)
+            if problem:
                 found.append(f"{label} {grid}: {problem}")
+    if folder and not SharedFile.made:
+        found.append("nothing was shared")
     return found
 
 
+class Counting(Muon[MuonSettings]):
+    """Muon that counts the matrices which it orthonormalizes."""
+
+    count = 0
+
+    def compute(self, whole: Whole) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.count += len(whole.update)
+        return super().compute(whole)
+
+
+def orthonormalized_here(grid: tuple[int, int, int, int]) -> tuple[int, int]:
+    """Matrices that this rank orthonormalizes in a step, and all that there are."""
+    mesh = mesh_of(grid)
+    params = [shard_of(m, value_of(m, "init"), mesh) for m in model_metas() if m.role.is_orthonormalized]
+    optimizer = Counting([(param, numbers()) for param in params], MuonSettings(), mesh)
+    for param in params:
+        param.grad = param.layout.shard(value_of(param.meta, "0")).clone()
+    optimizer.step(1.0)
+    return optimizer.count, sum(len(logical_blocks(param.meta, optimizer.settings)) for param in params)
+
+
+@pytest.mark.parametrize(
+    ("world", "grid"), [(2, (1, 1, 2, 1)), (2, (1, 1, 1, 2)), pytest.param(4, (1, 1, 2, 2), marks=pytest.mark.long)]
+)
+def test_no_matrix_is_orthonormalized_twice(world, grid, pool):
+    """Not by replicas either: ranks that hold copies share the work."""
+    counts = pool.run(world, orthonormalized_here, grid)
+    assert all(count > 0 for count, _ in counts)
+    assert sum(count for count, _ in counts) == counts[0][1]
+
+
 @pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 8))])
-def test_any_layout_equals_one_rank(world, lone_mesh, pool):
+@pytest.mark.parametrize("near", [False, True], ids=["messages", "near"])
+def test_any_layout_equals_one_rank(world, near, lone_mesh, pool, tmp_path):
+    """By messages, and where ranks write to each other's memory."""
     references = {}
     for label, flags in CONFIGS.items():
         params = [alone(m, value_of(m, "init")) for m in model_metas()]
         norms, optimizer = train(params, Config(optimizer=flags), lone_mesh)
         tensors = {f"value/{param.meta.name}": param.value for param in params}
         references[label] = norms, tensors | {key: tensor for key, (_, tensor) in optimizer.state_tensors().items()}
-    assert pool.run(world, problems, world, references) == [[]] * world
+    assert pool.run(world, problems, world, references, tmp_path if near else None) == [[]] * world

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from optim_cases import alone, model_metas
+from optim_cases import alone, meta, model_metas
 from test_sharded_optimizer import value_of
 
 from megatron_mup.config import Config, ConfigError, OptimizerConfig, TrainingConfig, validate
+from megatron_mup.optim.build import build_matrix
 from megatron_mup.optim.main_params import MainParam
 from megatron_mup.optim.optimizer import Optimizer
+from megatron_mup.parametrization.meta import Role
 
 FLAGS = OptimizerConfig(optimizer="muon", lr=1e-3, muon_lr=2e-2, optimizer_switch_at=3)
 HIDDEN = "layers.0.fc1"
@@ -61,17 +64,32 @@ def test_numbers_are_those_of_the_optimizer_at_work(lone_mesh):
 
 @pytest.mark.parametrize(("style", "factor"), [("ema", 1.0), ("sum", 1 / (1 - 0.95))])
 def test_the_first_moment_becomes_the_momentum(lone_mesh, style, factor):
-    params = fresh()
-    optimizer = Optimizer(params, of(optimizer_switch_carry_state=True, muon_momentum_style=style), lone_mesh)
+    router = meta("router", Role.ROUTER, (4, 12))
+    params = [*fresh(), alone(router, value_of(router, "init"))]
+    flags = {"optimizer_switch_carry_state": True, "muon_momentum_style": style, "muon_moe_router": True}
+    optimizer = Optimizer(params, of(**flags), lone_mesh)
     train(params, optimizer, range(3))
     before = {key: tensor.clone() for key, (_, tensor) in optimizer.state_tensors().items()}
     optimizer.advance(3)
     after = {key: tensor for key, (_, tensor) in optimizer.state_tensors().items()}
     assert before[f"exp_avg/{HIDDEN}"].abs().max() > 0
-    torch.testing.assert_close(after[f"momentum/{HIDDEN}"], before[f"exp_avg/{HIDDEN}"] * factor, rtol=1e-6, atol=0)
+    for name in (HIDDEN, "router"):
+        torch.testing.assert_close(after[f"momentum/{name}"], before[f"exp_avg/{name}"] * factor, rtol=1e-6, atol=0)
     for key in ("exp_avg/embedding", "exp_avg_sq/final_norm"):
         assert torch.equal(after[key], before[key])
     assert optimizer.state_scalars() == {"step": 3}
+
+
+@pytest.mark.parametrize("change", ["advance", "restore"])
+def test_old_state_is_freed_before_new_is_allocated(lone_mesh, monkeypatch, change):
+    config = of()
+    optimizer = Optimizer(fresh(), config, lone_mesh)
+    old, build, seen = weakref.ref(next(iter(optimizer.state_tensors().values()))[1]), build_matrix, []
+    monkeypatch.setattr(
+        "megatron_mup.optim.optimizer.build_matrix", lambda *args: (seen.append(old() is None), build(*args))[1]
+    )
+    assert optimizer.advance(3) if change == "advance" else optimizer.restore(config, 4) is None
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("name", ["normuon", "muonsphere", "spectral_sphere", "scion"])

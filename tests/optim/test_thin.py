@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mup.optim.thin import add_product_, split_factors, split_gram, split_product
+from megatron_mup.optim.thin import add_product_, halves, side_by_side, split_factors, split_gram, split_product
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -30,6 +30,15 @@ def test_split_gram():
     got = split_gram(x)
     assert error(got, x.mT.double() @ x.double()) < 2**-16
     torch.testing.assert_close(got, got.mT, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_side_by_side(dtype):
+    x = 10 * random(2, 30, 3)
+    joined = side_by_side(x, dtype)
+    assert joined.shape == (2, 30, 8)
+    assert torch.equal(joined[..., :6], torch.cat(halves(x, dtype), -1))
+    assert not joined[..., 6:].any()
 
 
 def test_factors_in_thirds():

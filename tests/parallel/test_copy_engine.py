@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from megatron_mup.parallel.mesh import Mesh
 from tests.interpreter import interpreted
 from tests.pool import Pool
 from tests.runs import batch_of, step_of, values, words
-from tests.shared_file import SharedFile
+from tests.shared_file import shared_through
 
 STEPS = 3
 ONE = "--global-batch-size 4"
@@ -39,11 +38,8 @@ def train(folder: str, flags: str) -> tuple[list[float], dict[str, torch.Tensor]
             sent.append(input_tensor.dtype)
             super().__call__(output_tensor, input_tensor, *args, **kw)  # type: ignore[arg-type]
 
-    with pytest.MonkeyPatch.context() as patch:
-        SharedFile.folder, SharedFile.made = Path(folder), 0
-        patch.setattr(copy_engine, "SymmetricBuffer", SharedFile)
+    with shared_through(folder) as patch:
         patch.setattr(copy_engine, "CopyReduceScatter", Watched)
-        patch.setattr(copy_engine, "within_reach", lambda group, _device: group.size() > 1)
         mesh = Mesh.build(config, torch.device("cpu"))
         step = step_of(config, mesh)
         found = []

@@ -432,7 +432,7 @@ def test_muon_takes_hidden_matrices_only_and_leaves_the_rest_unchanged(grown):
 
 
 def test_other_matrix_optimizers(grown):
-    """NorMuon and Dion take Muon's numbers; on the sphere rates are relative, and hard retraction leaves no decay."""
+    """All take Muon's numbers; but on the sphere hard retraction leaves no decay, and dynamic has it for strength."""
     hidden = ("qkv", "proj", "fc1", "fc2")
     for name, alpha, mode in itertools.product(SCHEME_NAMES, (0.5, 1.0), SCALE_MODES):
         muon = under(grown, name, alpha, optimizer="muon", muon_scale_mode=mode)
@@ -447,8 +447,12 @@ def test_other_matrix_optimizers(grown):
             for key, m in grown.metas.items():
                 s = scaling(m, sphere.config)
                 if key in hidden:
-                    assert (s.optimizer, s.weight_decay) == (optimizer, LAMBDA if retraction == "dynamic" else 0)
-                    assert isclose(s.lr, ETA_MUON * depth)
+                    want = scaling(m, muon.config)
+                    assert (s.optimizer, s.lr) == (optimizer, want.lr)
+                    # What a step stretches by does not follow the step's own scale.
+                    strength = ETA_MUON * depth * LAMBDA if retraction == "dynamic" else 0
+                    assert isclose(s.lr * s.weight_decay, strength)
+                    assert mode != "unit_rms_norm" or isclose(s.lr, ETA_MUON * depth)
                 else:
                     assert s == scaling(m, muon.config)
 

@@ -59,8 +59,6 @@ LAYOUTS = {
 }
 OPTIMIZERS = {
     **cases.OPTIMIZERS,
-    # The state of experts is not carried over.
-    "switch": "--optimizer muon --optimizer-switch-at 4",
     "muon with routers": "--optimizer muon --muon-moe-router --no-muon-split-fc1",
 }
 DAILY = {
@@ -77,8 +75,6 @@ MATRIX = [
     if not (kind == "capacity" and TP2 in LAYOUTS[layout].flags)
     # Each optimizer with one kind, AdamW and Muon with all.
     if kind == "global" or optimizer in cases.IN_EVERY_SCHEME
-    # Scion's norms follow width by themselves.
-    if optimizer != "dion"
 ]
 
 

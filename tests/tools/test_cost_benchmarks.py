@@ -54,6 +54,21 @@ def test_parametrizations_in_turn():
     assert all(row["ms_per_step"] > 0 and row["rounds"] == 2 for row in rows)
 
 
+def test_overheads_are_shares_of_a_measured_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    add_ratios = importlib.import_module("optimizer_step").add_ratios
+    rows = {"muon": {"device ms": 35.0}, "adam": {"device ms": 5.0}, "dion": {"device ms": 49.0}}
+    # Seven eighths of a millisecond per 8 tokens beside the optimizer: 7168 ms and AdamW's 5 for 64 k tokens.
+    add_ratios(rows, (12.0, 64.0), None)
+    assert rows["muon"]["overhead 64 k"] == pytest.approx(30 / 7173)
+    assert rows["dion"]["overhead 0.5 M"] == pytest.approx(44 / (8 * 7168 + 5))
+    assert rows["adam"]["overhead 64 k"] == 0
+    assert rows["dion"]["times muon"] == 1.4
+    without = {"muon": {"device ms": 35.0}, "dion": {"device ms": 49.0}}
+    add_ratios(without, None, 7.0 / 64)
+    assert without["dion"]["overhead 64 k"] == pytest.approx(14 / (7168 + 35)), "over the first one"
+
+
 def test_rounds_end_in_time(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     multipliers = importlib.import_module("multipliers")

@@ -46,6 +46,13 @@ def test_the_plan(planned):
         if part.name.startswith(("optimizer", "fp8")):
             assert millions(part, part.plan.sizes[0]) >= 100
             assert part.recipe.training.cuda_graph_impl == "local", "the host would be what is measured"
+    muon = named["optimizer-muon"]
+    for name in ("quintic", "squaring", "polar_express"):
+        part = named[f"coefficients-{name}"]
+        assert part.recipe.optimizer.coefficient_type == name
+        optimizer = replace(part.recipe.optimizer, muon_coefficient_type=None)
+        assert replace(part.recipe, optimizer=optimizer) == muon.recipe, "nothing else differs"
+        assert {t.values for _, t in part.todo({part.name: {}})} == {muon.plan.trial(FULL.big, 0, (), 0).values}
     assert len({len(range(p.plan.axis.low, p.plan.axis.high + 1)) for p in parts if p.alone}) == 1, "one budget"
     assert len({(p.recipe.training.train_iters, p.recipe.training.global_batch_size) for p in parts if p.alone}) == 1
 
@@ -102,7 +109,7 @@ def test_an_optimizer_repeats_its_best_rate(planned):
 
 
 def test_tables_compare_runs_of_the_same_seed(planned):
-    from evidence_report import fp8, target
+    from evidence_report import coefficients, fp8, target
 
     def row(part, seed, loss, train):
         return {"part": part, "trial": f"w8-l1-lr=2-s{seed}", "loss": str(loss), "train_loss": str(train)}
@@ -114,6 +121,9 @@ def test_tables_compare_runs_of_the_same_seed(planned):
         row("fp8-te-delayed", 3, 9.0, 9.0),
     ]
     assert "| te-delayed | 2 | 2.5100 | +0.50 % ± 0.50 % | 4.5500 | +1.00 % ± 1.00 % |" in fp8(rows)
+    rows += [row("coefficients-quintic", 1, 1.0, 2.0), row("coefficients-squaring", 1, 1.01, 1.98)]
+    assert "| quintic | 1 | 1.0000 |  | 2.0000 |  |\n" in coefficients(rows)
+    assert coefficients(rows).endswith("| squaring | 1 | 1.0100 | +1.00 % | 1.9800 | -1.00 % |")
     named = {part.name: part for part in planned[0]}
     part, proxy = named["target-adam"], named["completep-adam"]
     done = parabola(proxy, proxy.plan.sizes, lambda size: 0)
@@ -206,6 +216,7 @@ def test_all_of_it_at_toy_size(tmp_path, monkeypatch):
         "target-adam",
         "fp8-umup-s",
         "optimizer-muon",
+        "coefficients-squaring",
         "--workers",
         "2",
         "--alone",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,14 @@ def test_pretrain_as_a_program():
     assert done.returncode == 2
     assert done.stdout == ""
     assert_clear(done.stderr, "--hiden-size", "--hidden-size")
+
+
+@pytest.mark.long
+def test_a_reader_of_the_help_may_have_seen_enough():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == -signal.SIGPIPE

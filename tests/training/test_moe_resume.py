@@ -28,11 +28,12 @@ LAYOUTS = {
     "dp3-of-three-experts": (3, f"{FSDP} --global-batch-size 6 --num-experts 3"),
 }
 TRAIN = "train/lm loss"
-# One number per row at home, one vector per matrix, nothing but momentum.
+# One number per row at home, one vector per matrix, all momentum and a basis per matrix, nothing but momentum.
 OPTIMIZERS = {
     "muon": "--optimizer muon",
     "normuon": "--optimizer normuon",
     "spectral_sphere": "--optimizer spectral_sphere",
+    "dion": "--optimizer dion --dion-rank-fraction 0.5",
     "adam": "",
 }
 
@@ -58,6 +59,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         pytest.param("ep2-dp2", "spectral_sphere", marks=pytest.mark.long),
         pytest.param("dp3-of-three-experts", "muon", marks=pytest.mark.long),
         pytest.param("etp2-fsdp2", "normuon", marks=pytest.mark.long),
+        pytest.param("ep2-fsdp2", "dion", marks=pytest.mark.long),
     ],
 )
 def test_resumes_bitwise_in_the_same_layout(pool, tmp_path, layout, optimizer):
@@ -83,6 +85,7 @@ def test_resumes_bitwise_in_the_same_layout(pool, tmp_path, layout, optimizer):
         pytest.param("ep2-tp2", "ep2-dp2", "adam", marks=pytest.mark.long),
         pytest.param("ep2-dp2", "one", "normuon", marks=pytest.mark.long),
         pytest.param("etp2-fsdp2", "one", "normuon", marks=pytest.mark.long),
+        pytest.param("etp2-fsdp2", "ep2-tp2", "dion", marks=pytest.mark.long),
         pytest.param("one", "etp2-tp2", "muon", marks=pytest.mark.long),
         pytest.param("etp2-tp2", "ep2-fsdp2", "normuon", marks=pytest.mark.long),
     ],

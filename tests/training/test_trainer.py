@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -66,6 +68,17 @@ def test_from_start_to_end(run, tmp_path):
     assert recorded(tmp_path / "metrics.jsonl", "train/lm loss") == losses, "nothing is trained again"
 
 
+def test_a_graph_ends_with_the_training(lone_trainer):
+    """Whoever captures the step's work holds the step, so nothing else would free it before process groups end."""
+    trainer = lone_trainer("--train-iters 1")
+    trainer.step._gradients = partial(trainer.step._gradients)
+    captured = weakref.ref(trainer.step._gradients)
+    with trainer:
+        trainer.train()
+        assert captured() is not None
+    assert captured() is None
+
+
 def test_length_in_samples(run, tmp_path):
     """2, 2, then 4 samples a step, until less than a batch is left."""
     assert run("--train-iters None --train-samples 15 --rampup-batch-size 2 2 4").code == 0
@@ -106,7 +119,11 @@ def trained(run, tmp_path):
         pytest.param("--num-layers 3", ["--num-layers was 2 and is 3"], id="layers"),
         pytest.param("--untie-embeddings-and-output-weights", ["--untie-embeddings"], id="head"),
         pytest.param("--rotary-base 500", ["--rotary-base was 10000.0 and is 500.0"], id="function-not-shape"),
-        pytest.param("--optimizer muon", ["another optimizer"], id="optimizer"),
+        pytest.param(
+            "--optimizer muon",
+            ["another optimizer: --optimizer was adam and is muon", "--optimizer-switch-at 3"],
+            id="optimizer",
+        ),
         pytest.param("--ckpt-step 2", ["no such checkpoint"], id="step"),
     ],
 )
@@ -117,6 +134,21 @@ def test_refuses_another_run(run, trained, flags, parts):
     assert "Traceback" not in outcome.err
     for part in parts:
         assert part in outcome.err
+
+
+def test_refuses_state_of_other_shapes_or_size(run):
+    assert run("--optimizer dion --exit-interval 2").code == 0
+    assert "--dion-rank-fraction was 0.25 and is 0.5" in run("--optimizer dion --dion-rank-fraction 0.5").err
+    assert run("--optimizer dion --muon-momentum-style sum --exit-interval 3").code == 0, "Dion's has no style"
+
+
+def test_refuses_momenta_of_the_other_style(run):
+    assert run("--optimizer muon --optimizer-switch-at 2 --exit-interval 2").code == 0
+    flags = "--optimizer muon --optimizer-switch-at 2 --muon-momentum-style sum"
+    assert run(f"{flags} --exit-interval 3").code == 0, "AdamW's state has no style"
+    outcome = run(flags.replace("sum", "ema"))
+    assert outcome.code == 2
+    assert "--muon-momentum-style was sum and is ema" in outcome.err
 
 
 def test_schedule_can_be_changed_on_request(run, trained, tmp_path):
