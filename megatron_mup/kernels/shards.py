@@ -50,15 +50,10 @@ class Pieces:
         pieces: the runs; empty ones are left out.
         device: where the tensors are.
         unaligned: tensors that don't begin at a multiple of 16 bytes.
-
-    Attributes:
-        pieces: the runs.
-        numel: elements in all.
     """
 
     def __init__(self, pieces: Sequence[Piece], device: torch.device, unaligned: Collection[int] = ()) -> None:
         self.pieces = tuple(piece for piece in pieces if piece.length)
-        self.numel = sum(piece.length for piece in self.pieces)
         self.tables = tile_tables(self.pieces, device, unaligned) if device.type == "cuda" else []
         self._matrices: dict[int, torch.Tensor] = {}
 

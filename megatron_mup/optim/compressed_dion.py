@@ -55,8 +55,7 @@ class CompressedDion(Dion):
         self._gradient_size = gradient_size
         self._replicas, self._replica = mesh.group("dp_replicate"), mesh.rank("dp_replicate")
         # Sums over replicas stand in the middle of the arithmetic at home: it can't be recorded, nor timed by one rank.
-        plain = replace(settings, cuda_graph=False, measured_costs=False)
-        super().__init__(params, plain, _ReplicaRanks(mesh))
+        super().__init__(params, replace(settings, cuda_graph=False, measured_costs=False), _ReplicaRanks(mesh))
         Exchange(mesh, mesh.device).check(self.plan)
 
     def over_replicas(self, factor: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,9 @@ class HomeMemory:
         weights: of weights at home; None if the rule doesn't ask for them.
         numbers: fp32 ``[matrices, numbers]`` that homes say of their matrices, shape of it.
         chunks: how many there are.
+
+    Attributes:
+        weights: the homes' weights of the chunk that is worked on, each flat.
     """
 
     def __init__(
@@ -87,21 +90,16 @@ class HomeMemory:
             shards.set(tensors)
             return shards
 
-        *areas, weights, said = [
+        *areas, at_home, said = [
             [self._buffer.of(r, count, kind, start // kind.itemsize) if count else torch.empty(0) for r in range(ranks)]
             for (count, kind), start in zip(parts, starts[:-1], strict=True)
         ]
-        self._areas, self._weights = [shared(area) for area in areas], shared(weights)
+        self._areas, self.weights = [shared(area) for area in areas], shared(at_home)
         self._said = [one.view(numbers) if one.numel() else one for one in said]
 
     def areas(self, chunk: int) -> Shards:
         """The homes' updates of a chunk, each flat; later its results."""
         return self._areas[chunk % len(self._areas)]
-
-    @property
-    def weights(self) -> Shards:
-        """The homes' weights of the chunk that is worked on, each flat."""
-        return self._weights
 
     def barrier(self) -> None:
         """Lets this stream go on when all ranks have come here."""
