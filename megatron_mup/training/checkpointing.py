@@ -281,10 +281,11 @@ class Checkpointer:
         differences = compare_configs(manifest.config, self.config, "momentum")
         at_work = self.config.at_iteration(max(0, manifest.iteration - 1)).optimizer.optimizer
         if differences and at_work not in ("adam", "dion"):
+            flag, before, _ = differences[0]
             raise ConfigError(
                 f"--load {path}",
                 f"its momenta are of another size: {told_differences(differences)}",
-                "give the same style: steps are the same with either",
+                f"give {flag} {before}: steps are the same with either",
             )
 
     def _pieces(self, with_optimizer: bool) -> list[Piece]:

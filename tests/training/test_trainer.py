@@ -149,6 +149,7 @@ def test_refuses_momenta_of_the_other_style(run):
     outcome = run(flags.replace("sum", "ema"))
     assert outcome.code == 2
     assert "--muon-momentum-style was sum and is ema" in outcome.err
+    assert "give --muon-momentum-style sum" in outcome.err
 
 
 def test_schedule_can_be_changed_on_request(run, trained, tmp_path):
